@@ -3,10 +3,12 @@
 //! The modules in reading order: [`event`] and [`pattern`] say what is published and who is meant, [`subscription`] and
 //! [`retry`] under which policy, [`handler`] what is called and [`delivery`] what becomes of it.
 
+pub mod cli;
 pub mod delivery;
 pub mod error;
 pub mod event;
 pub mod handler;
+pub mod host;
 pub mod metrics;
 pub mod pattern;
 pub mod provider;
