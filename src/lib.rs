@@ -3,6 +3,7 @@
 //! The modules in reading order: [`event`] and [`pattern`] say what is published and who is meant, [`subscription`] and
 //! [`retry`] under which policy, [`handler`] what is called and [`delivery`] what becomes of it.
 
+pub mod broker;
 pub mod cli;
 pub mod delivery;
 pub mod error;
@@ -15,6 +16,7 @@ pub mod provider;
 pub mod retry;
 pub mod subscription;
 
+pub use broker::Broker;
 pub use delivery::{Delivery, EventDetail, EventRecord, Reply, Status, Verdict};
 pub use error::{Error, Result};
 pub use event::{Event, EventId, EventType, Payload, Source};
