@@ -100,12 +100,15 @@ fn perform(fault: Fault, event: &Event) -> Result<Option<Reply>, Failure> {
         }
         Fault::Memory { mib } => hoard(mib.unwrap_or(usize::MAX)),
         Fault::Fail { times } if delivery::attempt() <= times => {
-            return Err(Failure::retry("not-yet", format!("fails {times} times")).detail("attempt", delivery::attempt()));
+            return Err(
+                Failure::retry("not-yet", format!("fails {times} times")).detail("attempt", delivery::attempt())
+            );
         }
         Fault::Fail { .. } => {}
         Fault::Retry { after_ms, code } => return Err(retry(after_ms, code)),
         Fault::Reject { code } => {
-            return Err(Failure::reject(code.unwrap_or_else(|| "refused".to_owned()), "asked to reject").detail("event", &event.id));
+            return Err(Failure::reject(code.unwrap_or_else(|| "refused".to_owned()), "asked to reject")
+                .detail("event", &event.id));
         }
         Fault::Panic { bytes } => break_out::panic_with(&"p".repeat(bytes.unwrap_or(16))),
         Fault::Log { lines, bytes } => {
@@ -244,7 +247,8 @@ mod tests {
     fn steps_that_end_badly_leave_nothing() {
         let host = host();
         let increment = json!({"fault": "kv-increment", "key": "n", "by": 2});
-        let steps = json!({"fault": "steps", "steps": [increment, {"fault": "publish", "count": 3}, {"fault": "reject"}]});
+        let steps =
+            json!({"fault": "steps", "steps": [increment, {"fault": "publish", "count": 3}, {"fault": "reject"}]});
         deliver(&host, &steps).unwrap_err();
         assert_eq!((host.kv_number("faults", "n"), host.published().len()), (None, 0));
         let reply = deliver(&host, &increment).unwrap().unwrap();
