@@ -72,7 +72,7 @@ pub trait Provider: Documents {
     /// gives them their seq in commit order and the deliveries that `matcher` names. Returns how many were moved.
     ///
     /// Any instance may call it at any time. A store without an inbox answers 0.
-    async fn route(&self, matcher: &Matcher, max: usize) -> Result<usize>;
+    async fn route(&self, matcher: &Matcher<'_>, max: usize) -> Result<usize>;
 
     /// Leases ready deliveries of the wanted subscriptions, oldest first, at most `room` for each.
     ///
@@ -233,7 +233,7 @@ pub struct Appended {
 }
 
 /// Names the subscriptions of a type.
-pub type Matcher = dyn Fn(&EventType) -> Arc<[Arc<str>]> + Send + Sync;
+pub type Matcher<'a> = dyn Fn(&EventType) -> Arc<[Arc<str>]> + Send + Sync + 'a;
 
 /// What a worker can take on now.
 #[derive(Debug, Clone)]
