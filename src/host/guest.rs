@@ -273,7 +273,7 @@ fn metadata(dir: &Path) -> Result<Metadata> {
         return Err(refuse("is no cargo package: there is no Cargo.toml in it".to_owned()));
     }
     let mut cargo = Command::new(any_cargo());
-    cargo.args(["metadata", "--no-deps", "--format-version", "1"]).stderr(Stdio::inherit());
+    cargo.args(["metadata", "--no-deps", "--format-version", "1"]);
     let answer = run(dir, &mut cargo, "cargo metadata")?;
     serde_json::from_slice(&answer).map_err(|why| refuse(format!("cannot read what cargo metadata says: {why}")))
 }
@@ -290,7 +290,9 @@ fn run(dir: &Path, command: &mut Command, name: &str) -> Result<Vec<u8>> {
     let answer = command.current_dir(dir).stdin(Stdio::null()).output();
     let answer = answer.map_err(|why| refuse(format!("cannot run {name}: {why}; {INSTALL}")))?;
     if !answer.status.success() {
-        return Err(refuse(format!("{name} failed with {}; what it said is above", answer.status)));
+        let said = String::from_utf8_lossy(&answer.stderr);
+        let said = if said.is_empty() { "what it said is above" } else { said.trim() };
+        return Err(refuse(format!("{name} failed with {}; {said}", answer.status)));
     }
     Ok(answer.stdout)
 }
