@@ -23,6 +23,12 @@ pub trait Handler: Send + Sync + 'static {
     /// attempt only. A handler that cannot be ended by dropping its future (because it computes without awaiting)
     /// must watch the time itself.
     async fn handle(&self, call: Call) -> Outcome;
+
+    /// Whether the handler ends an attempt at [`Call::timeout`] itself, to report what it saw of it. The caller then
+    /// steps in a moment later only.
+    fn keeps_time(&self) -> bool {
+        false
+    }
 }
 
 /// One attempt to be made.

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -371,10 +372,17 @@ fn count(attempts: &[Counter; Verdict::ALL.len()], verdict: Verdict) {
 
 /// Counts of one operation of the store.
 pub struct OperationMetrics {
-    /// Seconds.
-    pub time: Histogram,
-    /// Entries.
-    pub batch: Histogram,
+    time: Histogram,
+    batch: Histogram,
+}
+
+impl OperationMetrics {
+    /// Counts one call that took `time` for `entries` entries.
+    #[expect(clippy::cast_precision_loss, reason = "a batch is far below 2^52")]
+    pub fn observe(&self, time: Duration, entries: usize) {
+        self.time.observe(time.as_secs_f64());
+        self.batch.observe(entries as f64);
+    }
 }
 
 #[cfg(test)]

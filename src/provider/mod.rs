@@ -14,6 +14,8 @@
 //! * `seq` is dense, strictly increasing in commit order and never reused, also across restarts and pruning.
 //! * There is one delivery per (event, subscription), and at most one live lease on it. Every transition out of a lease
 //!   is checked against the lease's random token; a stale token changes nothing.
+//! * A lease is held until it is settled or taken away: by a claim after its end, or by an amendment. That its end has
+//!   passed does not take it away yet.
 //! * Due times and leases follow the store's clock, never the host's.
 //! * Legal moves are those of [`Status::after`](crate::delivery::Status::after) and no others.
 //! * A batch is all or nothing, except that each entry of `renew` and `settle` stands for itself.
@@ -24,6 +26,7 @@
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 pub mod memory;
+pub mod rules;
 pub mod sqlite;
 
 use std::sync::Arc;
@@ -64,7 +67,7 @@ pub trait Provider: Documents {
     /// gives them their seq in commit order and the deliveries that `matcher` names. Returns how many were moved.
     ///
     /// Any instance may call it at any time. A store without an inbox answers 0.
-    async fn route(&self, matcher: &Matcher, max: usize) -> Result<usize>;
+    async fn route(&self, matcher: &Matcher<'_>, max: usize) -> Result<usize>;
 
     /// Leases ready deliveries of the wanted subscriptions, oldest first, at most `room` for each.
     ///
@@ -225,7 +228,7 @@ pub struct Appended {
 }
 
 /// Names the subscriptions of a type.
-pub type Matcher = dyn Fn(&EventType) -> Arc<[Arc<str>]> + Send + Sync;
+pub type Matcher<'a> = dyn Fn(&EventType) -> Arc<[Arc<str>]> + Send + Sync + 'a;
 
 /// What a worker can take on now.
 #[derive(Debug, Clone)]
@@ -299,6 +302,8 @@ pub struct Settlement {
     pub next: Next,
     /// The attempt's record; `None` only with [`Next::Release`], after which it is as if the claim had never been.
     pub attempt: Option<Attempt>,
+    /// What the delivery's error becomes; `None` clears it.
+    pub error: Option<Arc<str>>,
     /// Events to append with a success.
     pub published: Vec<Append>,
     /// Key-value writes to apply with a success, in order. `bucket` is the documents' collection.
@@ -329,8 +334,8 @@ pub struct LogPage {
     pub events: Vec<Arc<Event>>,
     /// Read on after this seq: every event up to it was returned, erased or pruned.
     pub next: Seq,
-    /// The lowest seq from which on everything is kept (head + 1 in an empty log). A reader whose cursor is below
-    /// `floor - 1` has missed something.
+    /// The lowest seq from which on everything is kept: one more than the highest that was pruned, so 1 while nothing
+    /// was and head + 1 when all was. A reader whose cursor is below `floor - 1` has missed something.
     pub floor: Seq,
     /// The highest seq given out; 0 in an empty log.
     pub head: Seq,
@@ -363,7 +368,7 @@ pub struct EventFilter {
     pub to: Option<Timestamp>,
     /// Only events with a smaller seq: the cursor.
     pub before: Option<Seq>,
-    /// The most events of a page.
+    /// The most events of a page; 0 for no bound.
     pub limit: usize,
 }
 
@@ -393,7 +398,7 @@ pub struct DeadLetterFilter {
     pub since: Option<Timestamp>,
     /// Only letters after this one in the order of listing: the cursor.
     pub after: Option<(Seq, String)>,
-    /// The most letters of a page, or to redrive at once; 0 for no bound when redriving.
+    /// The most letters of a page, or to redrive at once; 0 for no bound.
     pub limit: usize,
 }
 

@@ -1,0 +1,266 @@
+//! The guest that misbehaves on demand, for tests of whatever has to survive it.
+//!
+//! The payload says how: `{"fault": "trap"}`. The README lists all faults with their parameters. A payload that is not
+//! JSON is echoed byte for byte. Nothing here is an example of a good handler.
+
+mod break_out;
+
+use serde::Deserialize;
+use serde_json::json;
+use std::{
+    hint::black_box,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+use tidegate_plugin::{log, prelude::*};
+
+tidegate_plugin::plugin!(misbehave);
+
+/// How to misbehave.
+#[derive(Deserialize)]
+#[serde(tag = "fault", rename_all = "kebab-case", rename_all_fields = "snake_case", deny_unknown_fields)]
+enum Fault {
+    /// Succeeds.
+    None {},
+    /// Replies with the payload.
+    Echo {},
+    /// Executes `unreachable`.
+    Trap {},
+    /// Never returns, and never calls the host.
+    Loop {},
+    /// Never returns, and calls the host all the time.
+    LoopInHost {},
+    /// Computes for this long by the host's clock, then succeeds.
+    Spin { ms: u64 },
+    /// Recurses until the stack is exhausted.
+    StackOverflow {},
+    /// Takes memory, all there is unless a number of MiB is given, then succeeds.
+    Memory { mib: Option<usize> },
+    /// Asks for a retry the first `times` times.
+    Fail { times: u32 },
+    /// Asks for a retry, after this long if given.
+    Retry { after_ms: Option<u64>, code: Option<String> },
+    /// Gives the delivery up.
+    Reject { code: Option<String> },
+    /// Panics with a message of this many bytes.
+    Panic { bytes: Option<usize> },
+    /// Logs this many lines of this many bytes.
+    Log { lines: usize, bytes: Option<usize> },
+    /// Replies with this many bytes.
+    Reply { bytes: usize },
+    /// Publishes this many events.
+    Publish { count: usize, event_type: Option<String> },
+    /// Writes one value.
+    KvSet { bucket: Option<String>, key: String, value: String },
+    /// Adds to a number and replies with the sum.
+    KvIncrement { bucket: Option<String>, key: String, by: i64 },
+    /// Replies with what is kept under a key.
+    KvGet { bucket: Option<String>, key: String },
+    /// Forgets a key.
+    KvDelete { bucket: Option<String>, key: String },
+    /// Replies with what the host says about the attempt and the event.
+    Facts {},
+    /// Replies with how many events this instance has handled, this one included.
+    Instance {},
+    /// One after the other, until one fails. The last reply counts.
+    Steps { steps: Vec<Fault> },
+}
+
+/// Events that this instance has handled.
+static HANDLED: AtomicU32 = AtomicU32::new(0);
+
+fn misbehave(event: Event) -> Result<Option<Reply>, Failure> {
+    HANDLED.fetch_add(1, Ordering::Relaxed);
+    if serde_json::from_slice::<serde::de::IgnoredAny>(&event.payload).is_err() {
+        return Ok(Some(Reply::new("application/octet-stream", event.payload)));
+    }
+    perform(event.json()?, &event)
+}
+
+fn perform(fault: Fault, event: &Event) -> Result<Option<Reply>, Failure> {
+    match fault {
+        Fault::None {} => {}
+        Fault::Echo {} => return Ok(Some(Reply::new(event.content_type.clone(), event.payload.clone()))),
+        Fault::Trap {} => break_out::trap(),
+        Fault::Loop {} => loop_without_end(),
+        Fault::LoopInHost {} => loop {
+            black_box(delivery::attempt());
+        },
+        Fault::Spin { ms } => spin(Duration::from_millis(ms)),
+        Fault::StackOverflow {} => {
+            black_box(recurse(0));
+        }
+        Fault::Memory { mib } => hoard(mib.unwrap_or(usize::MAX)),
+        Fault::Fail { times } if delivery::attempt() <= times => {
+            return Err(Failure::retry("not-yet", format!("fails {times} times")).detail("attempt", delivery::attempt()));
+        }
+        Fault::Fail { .. } => {}
+        Fault::Retry { after_ms, code } => return Err(retry(after_ms, code)),
+        Fault::Reject { code } => {
+            return Err(Failure::reject(code.unwrap_or_else(|| "refused".to_owned()), "asked to reject").detail("event", &event.id));
+        }
+        Fault::Panic { bytes } => break_out::panic_with(&"p".repeat(bytes.unwrap_or(16))),
+        Fault::Log { lines, bytes } => {
+            let text = "l".repeat(bytes.unwrap_or(64));
+            (0..lines).for_each(|line| log::emit(log::Level::Info, &text, &[("line", &line)]));
+        }
+        Fault::Reply { bytes } => return Ok(Some(Reply::new("application/octet-stream", vec![b'r'; bytes]))),
+        Fault::Publish { count, event_type } => {
+            let event_type = event_type.as_deref().unwrap_or("faulty.events.create");
+            for n in 0..count {
+                events::publish(event_type, &json!({ "n": n }))?;
+            }
+        }
+        Fault::KvSet { bucket, key, value } => kv::bucket(name(&bucket)).set(&key, value)?,
+        Fault::KvIncrement { bucket, key, by } => {
+            return Reply::json(&kv::bucket(name(&bucket)).increment(&key, by)?).map(Some);
+        }
+        Fault::KvGet { bucket, key } => {
+            let value = kv::bucket(name(&bucket)).get(&key)?;
+            return Reply::json(&value.map(|bytes| String::from_utf8_lossy(&bytes).into_owned())).map(Some);
+        }
+        Fault::KvDelete { bucket, key } => kv::bucket(name(&bucket)).delete(&key)?,
+        Fault::Facts {} => return facts(event).map(Some),
+        Fault::Instance {} => return Reply::json(&HANDLED.load(Ordering::Relaxed)).map(Some),
+        Fault::Steps { steps } => {
+            let mut reply = None;
+            for step in steps {
+                reply = perform(step, event)?.or(reply);
+            }
+            return Ok(reply);
+        }
+    }
+    Ok(None)
+}
+
+fn name(bucket: &Option<String>) -> &str {
+    bucket.as_deref().unwrap_or("faults")
+}
+
+fn retry(after_ms: Option<u64>, code: Option<String>) -> Failure {
+    let failure = Failure::retry(code.unwrap_or_else(|| "again".to_owned()), "asked to retry");
+    match after_ms {
+        Some(ms) => failure.after(Duration::from_millis(ms)),
+        None => failure,
+    }
+}
+
+fn facts(event: &Event) -> Result<Reply, Failure> {
+    Reply::json(&json!({
+        "subscription": delivery::subscription(),
+        "attempt": delivery::attempt(),
+        "max_attempts": delivery::max_attempts(),
+        "remaining_ms": u64::try_from(delivery::remaining().as_millis()).unwrap_or(u64::MAX),
+        "idempotency_key": delivery::idempotency_key(),
+        "is_replay": delivery::is_replay(),
+        "greeting": config::get("greeting"),
+        "event": {
+            "id": event.id, "sequence": event.sequence, "type": event.event_type, "source": event.source,
+            "created_at_ms": event.created_at_ms, "content_type": event.content_type, "attributes": event.attributes,
+        },
+    }))
+}
+
+fn loop_without_end() -> ! {
+    let mut turns = 0_u64;
+    loop {
+        turns = black_box(turns.wrapping_add(1));
+    }
+}
+
+/// The only clock of a guest is what the host says is left of the attempt.
+fn spin(length: Duration) {
+    let end = delivery::remaining().saturating_sub(length);
+    while delivery::remaining() > end {
+        for turn in 0..10_000_u32 {
+            black_box(turn);
+        }
+    }
+}
+
+/// Not a tail call, and with a frame that cannot be left out.
+#[expect(unconditional_recursion, reason = "the stack is to be exhausted")]
+fn recurse(depth: u64) -> u64 {
+    let frame = black_box([depth; 64]);
+    recurse(depth.wrapping_add(1)).wrapping_add(frame.iter().sum())
+}
+
+/// Holds on to all of it at once, and touches it.
+fn hoard(mib: usize) {
+    let mut held = Vec::new();
+    for _ in 0..mib {
+        held.push(black_box(vec![1_u8; 1 << 20]));
+    }
+    black_box(held);
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use std::time::Duration;
+    use tidegate_plugin::{
+        Failure, Reply,
+        testing::{self, Host},
+    };
+
+    use super::misbehave;
+
+    fn deliver(host: &Host, payload: &Value) -> Result<Option<Reply>, Failure> {
+        host.deliver(misbehave, testing::event("faults.tests.create", payload))
+    }
+
+    fn host() -> Host {
+        Host::for_manifest(include_str!("../plugin.toml")).unwrap()
+    }
+
+    #[test]
+    fn failing_twice_succeeds_the_third_time() {
+        let payload = json!({"fault": "fail", "times": 2});
+        assert!(deliver(&host().attempt(1, 4), &payload).unwrap_err().is_retry());
+        assert!(deliver(&host().attempt(2, 4), &payload).unwrap_err().is_retry());
+        assert_eq!(deliver(&host().attempt(3, 4), &payload), Ok(None));
+    }
+
+    #[test]
+    fn verdicts_carry_what_was_asked_for() {
+        let failure = deliver(&host(), &json!({"fault": "retry", "after_ms": 1500, "code": "busy"})).unwrap_err();
+        assert_eq!((failure.code(), failure.retry_after()), ("busy", Some(Duration::from_millis(1500))));
+        let failure = deliver(&host(), &json!({"fault": "reject"})).unwrap_err();
+        assert_eq!((failure.code(), failure.is_retry()), ("refused", false));
+    }
+
+    #[test]
+    fn steps_that_end_badly_leave_nothing() {
+        let host = host();
+        let increment = json!({"fault": "kv-increment", "key": "n", "by": 2});
+        let steps = json!({"fault": "steps", "steps": [increment, {"fault": "publish", "count": 3}, {"fault": "reject"}]});
+        deliver(&host, &steps).unwrap_err();
+        assert_eq!((host.kv_number("faults", "n"), host.published().len()), (None, 0));
+        let reply = deliver(&host, &increment).unwrap().unwrap();
+        assert_eq!(reply.body, b"2");
+    }
+
+    #[test]
+    fn bytes_that_are_not_json_come_back_as_they_are() {
+        let mut event = testing::event("faults.tests.create", &json!(null));
+        event.payload = vec![0xff, 0xfe, 0x00];
+        assert_eq!(host().deliver(misbehave, event).unwrap().unwrap().body, [0xff, 0xfe, 0x00]);
+    }
+
+    #[test]
+    fn an_unknown_fault_is_rejected() {
+        assert_eq!(deliver(&host(), &json!({"fault": "melt"})).unwrap_err().code(), "invalid-payload");
+    }
+
+    #[test]
+    fn sizes_and_counts_are_what_was_asked_for() {
+        let host = host();
+        assert_eq!(deliver(&host, &json!({"fault": "reply", "bytes": 70_000})).unwrap().unwrap().body.len(), 70_000);
+        deliver(&host, &json!({"fault": "log", "lines": 100})).unwrap();
+        assert_eq!(host.logs().len(), 100);
+        let greeted = host.config("greeting", "hello");
+        let facts: Value = deliver(&greeted, &json!({"fault": "facts"})).unwrap().unwrap().read().unwrap();
+        assert_eq!(facts["greeting"], "hello");
+        assert_eq!(facts["subscription"], "faults");
+    }
+}

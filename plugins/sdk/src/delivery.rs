@@ -1,0 +1,40 @@
+//! Facts about the attempt in progress.
+
+use core::time::Duration;
+
+use crate::host;
+
+/// The subscription that this delivery belongs to.
+pub fn subscription() -> String {
+    host::subscription()
+}
+
+/// Which attempt this is: 1 for the first.
+pub fn attempt() -> u32 {
+    host::attempt()
+}
+
+/// After how many attempts the host gives up.
+pub fn max_attempts() -> u32 {
+    host::max_attempts()
+}
+
+/// Whether the host gives up when this attempt asks for a retry.
+pub fn is_last_attempt() -> bool {
+    attempt() >= max_attempts()
+}
+
+/// What is left until the host ends this attempt.
+pub fn remaining() -> Duration {
+    Duration::from_millis(host::remaining_ms())
+}
+
+/// The same for all attempts of this delivery. Hand it to the systems that you call, so that they do a thing once.
+pub fn idempotency_key() -> String {
+    host::idempotency_key()
+}
+
+/// Whether the event is delivered once more on purpose: a replay, or a trial of a new plugin version.
+pub fn is_replay() -> bool {
+    host::is_replay()
+}

@@ -1,0 +1,122 @@
+//! The crate that tidegate plugins written in Rust start from.
+//!
+//! A plugin is one function and one line:
+//!
+//! ```
+//! use tidegate_plugin::prelude::*;
+//!
+//! #[derive(serde::Deserialize)]
+//! struct Order {
+//!     customer: String,
+//!     total_cents: i64,
+//! }
+//!
+//! tidegate_plugin::plugin!(count);
+//!
+//! fn count(Json(order): Json<Order>) -> Result<(), Failure> {
+//!     let total = kv::bucket("totals").increment(&order.customer, order.total_cents)?;
+//!     info!("order counted", customer = order.customer, total = total);
+//!     Ok(())
+//! }
+//! # fn main() {}
+//! ```
+//!
+//! What the function takes and gives back is up to it: see [`Handler`]. What it may do is up to the operator: the
+//! plugin asks in `plugin.toml`, and whatever was not granted fails with the fault code `denied`.
+//!
+//! On every target but WebAssembly the same functions talk to [`testing::Host`], so that a handler is tested with plain
+//! `cargo test`, without a host and without a WebAssembly toolchain.
+//!
+//! Deliberately absent: async (the host runs many instances instead), clocks (an event carries its time, and an attempt
+//! knows what is left of it), files and sockets (a plugin has none).
+
+#[cfg(target_family = "wasm")]
+#[doc(hidden)]
+pub mod bindings;
+pub mod config;
+pub mod delivery;
+mod event;
+pub mod events;
+mod handler;
+#[cfg(all(target_family = "wasm", not(target_feature = "atomics"), feature = "heap"))]
+mod heap;
+mod host;
+pub mod kv;
+pub mod log;
+mod outcome;
+#[cfg(not(target_family = "wasm"))]
+pub mod testing;
+
+pub use event::{Event, Json};
+pub use handler::{Handler, Outcome};
+pub use outcome::{Failure, Fault, OrFail, Reply};
+
+/// What most handlers need, for one `use` line.
+pub mod prelude {
+    pub use crate::{Event, Failure, Json, OrFail, Reply, config, debug, delivery, error, events, info, kv, trace, warn};
+}
+
+/// Makes the plugin out of one function, which must be a [`Handler`].
+///
+/// ```
+/// # use tidegate_plugin::{Event, Reply};
+/// tidegate_plugin::plugin!(greet);
+///
+/// fn greet(event: Event) -> Reply {
+///     Reply::text(format!("hello, {}", event.id))
+/// }
+/// # fn main() {}
+/// ```
+#[macro_export]
+macro_rules! plugin {
+    ($handler:path) => {
+        #[cfg(target_family = "wasm")]
+        const _: () = {
+            struct Plugin;
+
+            impl $crate::__export::Guest for Plugin {
+                fn handle(
+                    event: $crate::__export::Event,
+                ) -> ::core::result::Result<
+                    ::core::option::Option<$crate::__export::Reply>,
+                    $crate::__export::Failure,
+                > {
+                    $crate::__export::call(&$handler, event)
+                }
+            }
+
+            $crate::__export::export!(Plugin with_types_in $crate::bindings);
+        };
+
+        #[cfg(not(target_family = "wasm"))]
+        const _: fn() = || $crate::__export::check(&$handler);
+    };
+}
+
+/// What [`plugin!`] expands to. Not for use by hand: it changes without notice.
+#[doc(hidden)]
+pub mod __export {
+    #[cfg(target_family = "wasm")]
+    pub use crate::bindings::{
+        export,
+        exports::tidegate::plugin::handler::{Event, Failure, Guest, Reply},
+    };
+
+    /// One call from the host, in the types of the interface.
+    #[cfg(target_family = "wasm")]
+    pub fn call<Arguments>(
+        handler: &impl crate::Handler<Arguments>,
+        event: Event,
+    ) -> Result<Option<Reply>, Failure> {
+        #[cfg(feature = "panic-log")]
+        crate::log::panics();
+        match handler.call(event.into()) {
+            Ok(reply) => Ok(reply.map(Into::into)),
+            Err(failure) => Err(failure.into()),
+        }
+    }
+
+    /// Makes the compiler look at the handler where there is nothing to export.
+    #[cfg(not(target_family = "wasm"))]
+    pub fn check<Arguments>(_handler: &impl crate::Handler<Arguments>) {}
+}

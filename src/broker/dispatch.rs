@@ -1,0 +1,236 @@
+//! Claims by demand: asks the store for what the lanes have room for, and starts workers.
+//!
+//! A claim is made when something hints at work: a publish of this process, a freed worker, a tick of the store, a due
+//! time, or at the latest the poll. Hints carry no promise; the truth is always read from the store.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::Shared;
+use super::attempt;
+use super::service::raised;
+use crate::provider::{ClaimRequest, Claimed, Want};
+
+/// Ticks of a shared store come with every write of every process: look at all lanes at most this often for them.
+const TICK_DEBOUNCE: Duration = Duration::from_millis(5);
+
+/// How long to leave a store alone that has just failed.
+const STORE_PAUSE: Duration = Duration::from_millis(500);
+
+/// Which subscriptions may have something to claim.
+#[derive(Default)]
+pub(super) struct Hints {
+    pending: Mutex<Pending>,
+    notify: Notify,
+}
+
+#[derive(Default)]
+struct Pending {
+    all: bool,
+    names: HashSet<Arc<str>>,
+    /// When to look at all lanes again: a retry of this process becomes due.
+    due: Option<Instant>,
+}
+
+impl Hints {
+    /// These subscriptions may have something to claim.
+    pub(super) fn about<'a>(&self, names: impl IntoIterator<Item = &'a Arc<str>>) {
+        let mut pending = self.lock();
+        let mut news = false;
+        for name in names {
+            if !pending.names.contains(name) {
+                pending.names.insert(Arc::clone(name));
+                news = true;
+            }
+        }
+        drop(pending);
+        if news {
+            self.notify.notify_one();
+        }
+    }
+
+    /// Every subscription may have something to claim.
+    pub(super) fn about_all(&self) {
+        self.lock().all = true;
+        self.notify.notify_one();
+    }
+
+    /// Something becomes due `after` from now.
+    pub(super) fn due(&self, after: Duration) {
+        let at = Instant::now() + after;
+        let mut pending = self.lock();
+        if pending.due.is_none_or(|due| at < due) {
+            pending.due = Some(at);
+            drop(pending);
+            self.notify.notify_one();
+        }
+    }
+
+    /// A lane has room again.
+    pub(super) fn nudge(&self) {
+        self.notify.notify_one();
+    }
+
+    fn take(&self) -> Pending {
+        let mut pending = self.lock();
+        let due = pending.due;
+        let taken = std::mem::take(&mut *pending);
+        pending.due = due;
+        taken
+    }
+
+    fn forget_due(&self) {
+        self.lock().due = None;
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runs until `stop` turns true. Workers go on in `workers`.
+pub(super) async fn run(shared: Arc<Shared>, mut stop: watch::Receiver<bool>, workers: &mut JoinSet<()>) {
+    let mut dispatcher = Dispatcher::new(Arc::clone(&shared));
+    loop {
+        let wait = dispatcher.step(workers).await;
+        while workers.try_join_next().is_some() {}
+        tokio::select! {
+            biased;
+            () = raised(&mut stop) => return,
+            () = dispatcher.wait(wait) => {}
+        }
+    }
+}
+
+/// Claims what is ready until nothing is and nobody works. For stores that forget what is pending when they close.
+pub(super) async fn drain(shared: &Arc<Shared>, workers: &mut JoinSet<()>) {
+    let mut dispatcher = Dispatcher::new(Arc::clone(shared));
+    loop {
+        shared.lanes.hint_all();
+        dispatcher.step(workers).await;
+        if !shared.lanes.is_idle() {
+            workers.join_next().await;
+        } else if shared.leases.is_empty() {
+            return;
+        } else {
+            // What is being settled may publish more.
+            shared.leases.emptied().await;
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+struct Dispatcher {
+    shared: Arc<Shared>,
+    wake: watch::Receiver<u64>,
+    /// When all lanes are looked at, whatever hints say.
+    next_round: Instant,
+    last_round: Instant,
+}
+
+impl Dispatcher {
+    fn new(shared: Arc<Shared>) -> Self {
+        let now = Instant::now();
+        Self { wake: shared.provider.wake(), shared, next_round: now, last_round: now }
+    }
+
+    /// Claims once, and says how long there is nothing to do unless something hints.
+    async fn step(&mut self, workers: &mut JoinSet<()>) -> Duration {
+        self.take_hints();
+        let wants = self.shared.lanes.wants();
+        if wants.is_empty() {
+            return self.idle_for();
+        }
+        match self.claim(&wants).await {
+            Ok(claimed) => {
+                self.note_due(claimed.next_due);
+                self.start(&wants, claimed, workers).await;
+                Duration::ZERO
+            }
+            Err(error) => {
+                tracing::warn!(error = %error, cause = ?error, "cannot claim deliveries; trying again");
+                self.shared.lanes.refund(&wants);
+                STORE_PAUSE
+            }
+        }
+    }
+
+    async fn claim(&self, wants: &[Want]) -> crate::Result<Claimed> {
+        let request = ClaimRequest {
+            worker: Arc::clone(&self.shared.instance_id),
+            lease: self.shared.options.lease,
+            wants: wants.to_vec(),
+        };
+        let started = Instant::now();
+        let claimed = self.shared.provider.claim(&request).await?;
+        self.shared.operations.claim.observe(started.elapsed(), claimed.leases.len());
+        Ok(claimed)
+    }
+
+    async fn start(&self, wants: &[Want], claimed: Claimed, workers: &mut JoinSet<()>) {
+        self.shared.leases.hold(&claimed.leases);
+        let (count, homeless) = self.shared.lanes.accept(wants, claimed.leases);
+        for _ in 0..count {
+            workers.spawn(attempt::work(Arc::clone(&self.shared)));
+        }
+        if let Err(error) = self.shared.release(homeless).await {
+            tracing::warn!(error = %error, "cannot give leases back; they expire by themselves");
+        }
+    }
+
+    fn take_hints(&mut self) {
+        let now = Instant::now();
+        let hints = self.shared.hints.take();
+        if hints.due.is_some_and(|due| due <= now) {
+            self.shared.hints.forget_due();
+            self.next_round = now;
+        } else if let Some(due) = hints.due {
+            self.next_round = self.next_round.min(due);
+        }
+        if hints.all || now >= self.next_round {
+            self.shared.lanes.hint_all();
+            self.last_round = now;
+            self.next_round = now + self.shared.options.poll;
+        } else {
+            self.shared.lanes.hint(&hints.names);
+        }
+    }
+
+    /// Comes back for what becomes due before the next poll.
+    fn note_due(&mut self, next_due: Option<Duration>) {
+        if let Some(after) = next_due {
+            // A store may be early: a moment's pause keeps an early answer from becoming a busy loop.
+            self.next_round = self.next_round.min(Instant::now() + after.max(TICK_DEBOUNCE));
+        }
+    }
+
+    fn idle_for(&self) -> Duration {
+        let round = self.next_round.saturating_duration_since(Instant::now());
+        self.shared.lanes.next_token().map_or(round, |token| round.min(token))
+    }
+
+    /// Waits for `wait`, a hint, or a tick of a store that others write to.
+    async fn wait(&mut self, wait: Duration) {
+        if wait.is_zero() {
+            return tokio::task::yield_now().await;
+        }
+        let shared_store = self.shared.capabilities.shared;
+        tokio::select! {
+            () = self.shared.hints.notify.notified() => {}
+            () = tokio::time::sleep(wait) => {}
+            changed = self.wake.changed(), if shared_store => {
+                if changed.is_ok() {
+                    let quiet = self.last_round + TICK_DEBOUNCE;
+                    self.next_round = self.next_round.min(quiet.max(Instant::now()));
+                } else {
+                    tokio::time::sleep(wait).await;
+                }
+            }
+        }
+    }
+}

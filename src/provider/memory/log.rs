@@ -1,0 +1,295 @@
+//! The log in memory: events by seq with their deliveries, and counts by status that are always in step.
+//!
+//! Knows nothing of what waits, is due or is leased; those are [`line`](super::line)'s.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+use super::queue::Queue;
+use super::work::{Tally, Work};
+use crate::delivery::Status;
+use crate::event::{Event, EventId, Seq};
+
+/// An event and its deliveries.
+pub(super) struct Slot {
+    pub(super) event: Arc<Event>,
+    /// When it was sequenced.
+    pub(super) appended: i64,
+    /// In ascending order of `Work::subscription`.
+    works: Vec<Work>,
+    tally: Tally,
+    /// How many of `works` were ever begun.
+    started: u32,
+}
+
+impl Slot {
+    pub(super) fn status(&self) -> Status {
+        Status::of_event(self.tally.present(), self.started > 0)
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.tally.open() > 0
+    }
+
+    /// How many deliveries are open.
+    pub(super) fn open_works(&self) -> u64 {
+        self.tally.open()
+    }
+
+    pub(super) fn works(&self) -> &[Work] {
+        &self.works
+    }
+
+    /// The delivery to a subscription.
+    pub(super) fn work(&self, subscription: usize) -> Option<&Work> {
+        let at = self.place(subscription).ok()?;
+        self.works.get(at)
+    }
+
+    fn place(&self, subscription: usize) -> Result<usize, usize> {
+        self.works.binary_search_by_key(&subscription, |work| work.subscription)
+    }
+}
+
+/// Events by seq. An erased event leaves its id and seq behind.
+#[derive(Default)]
+pub(super) struct Log {
+    /// The highest seq given out.
+    pub(super) head: Seq,
+    /// The highest seq that was pruned or evicted.
+    pruned: Seq,
+    /// The slots from `head + 1 - recent.len()` to `head`.
+    recent: VecDeque<Option<Box<Slot>>>,
+    /// How many of `recent` are empty.
+    holes: usize,
+    /// Slots below `recent`: open events that outlived most of what came after them.
+    older: BTreeMap<Seq, Box<Slot>>,
+    /// Which id stands where; also those of erased events.
+    ids: HashMap<EventId, Seq>,
+    /// Erased events, with the time that they were made.
+    erased: BTreeMap<Seq, (EventId, i64)>,
+    /// Events that may be finished, oldest first.
+    finished: Queue,
+    /// Events by status.
+    pub(super) events: Tally,
+    /// Deliveries by status.
+    pub(super) deliveries: Tally,
+}
+
+/// Below this many slots, holes cost nothing worth moving anything for.
+const FEW_SLOTS: usize = 1_024;
+
+impl Log {
+    pub(super) fn total(&self) -> u64 {
+        let Tally { pending, processing, completed, failed } = self.events;
+        pending + processing + completed + failed
+    }
+
+    pub(super) fn floor(&self) -> Seq {
+        self.pruned + 1
+    }
+
+    #[cfg(test)]
+    pub(super) fn places(&self) -> usize {
+        self.recent.len()
+    }
+
+    pub(super) fn seq_of(&self, id: &str) -> Option<Seq> {
+        self.ids.get(id).copied()
+    }
+
+    fn first_recent(&self) -> Seq {
+        self.head + 1 - self.recent.len() as Seq
+    }
+
+    pub(super) fn get(&self, seq: Seq) -> Option<&Slot> {
+        match seq.checked_sub(self.first_recent()) {
+            Some(offset) => self.recent.get(usize::try_from(offset).ok()?)?.as_deref(),
+            None => self.older.get(&seq).map(|slot| &**slot),
+        }
+    }
+
+    fn get_mut(&mut self, seq: Seq) -> Option<&mut Slot> {
+        match seq.checked_sub(self.first_recent()) {
+            Some(offset) => self.recent.get_mut(usize::try_from(offset).ok()?)?.as_deref_mut(),
+            None => self.older.get_mut(&seq).map(|slot| &mut **slot),
+        }
+    }
+
+    /// The slots after `after`, ascending.
+    pub(super) fn after(&self, after: Seq) -> impl Iterator<Item = (Seq, &Slot)> {
+        let first = self.first_recent();
+        let skip = usize::try_from((after + 1).saturating_sub(first)).unwrap_or(usize::MAX).min(self.recent.len());
+        let older = self.older.range(after.saturating_add(1)..).map(|(&seq, slot)| (seq, &**slot));
+        let recent = self.recent.range(skip..).enumerate();
+        older.chain(
+            recent.filter_map(move |(offset, slot)| {
+                slot.as_deref().map(|slot| (first + skip as Seq + offset as Seq, slot))
+            }),
+        )
+    }
+
+    /// The slots before `before`, descending.
+    pub(super) fn before(&self, before: Option<Seq>) -> impl Iterator<Item = (Seq, &Slot)> {
+        let first = self.first_recent();
+        let before = before.unwrap_or(Seq::MAX);
+        let keep = usize::try_from(before.saturating_sub(first)).unwrap_or(usize::MAX).min(self.recent.len());
+        let older = self.older.range(..before).rev().map(|(&seq, slot)| (seq, &**slot));
+        let recent = self.recent.range(..keep).enumerate().rev();
+        recent.filter_map(move |(offset, slot)| slot.as_deref().map(|slot| (first + offset as Seq, slot))).chain(older)
+    }
+
+    /// Adds an event whose id is new; `subscriptions` ascend.
+    pub(super) fn push(&mut self, mut event: Event, subscriptions: &[usize], now: i64) -> Status {
+        self.head += 1;
+        event.seq = Some(self.head);
+        self.ids.insert(event.id.clone(), self.head);
+        let works = subscriptions.iter().map(|&subscription| Work::new(subscription, now));
+        let tally = Tally { pending: subscriptions.len() as u64, ..Tally::default() };
+        let slot = Slot { event: Arc::new(event), appended: now, works: works.collect(), tally, started: 0 };
+        self.deliveries.pending += tally.pending;
+        let status = slot.status();
+        self.events.add(status);
+        if subscriptions.is_empty() {
+            self.finished.push(self.head);
+        }
+        self.recent.push_back(Some(Box::new(slot)));
+        status
+    }
+
+    /// Changes one delivery through `edit` and keeps the counts in step. `None` when there is no such delivery.
+    pub(super) fn change<T>(
+        &mut self,
+        seq: Seq,
+        subscription: usize,
+        edit: impl FnOnce(&Event, &mut Work) -> T,
+    ) -> Option<T> {
+        let (mut events, mut deliveries) = (self.events, self.deliveries);
+        let slot = self.get_mut(seq)?;
+        let (before, was_open) = (slot.status(), slot.is_open());
+        let at = slot.place(subscription).ok()?;
+        let work = slot.works.get_mut(at)?;
+        let (from, begun) = (work.status, work.started_at.is_some());
+        let answer = edit(&slot.event, work);
+        slot.tally.shift(from, work.status);
+        deliveries.shift(from, work.status);
+        slot.started = slot.started + u32::from(work.started_at.is_some()) - u32::from(begun);
+        events.shift(before, slot.status());
+        let finished = was_open && !slot.is_open();
+        (self.events, self.deliveries) = (events, deliveries);
+        if finished {
+            self.finished.push(seq);
+        }
+        Some(answer)
+    }
+
+    /// Adds a delivery to an event that has none for the subscription. `false` when it has one, or is gone.
+    pub(super) fn deliver(&mut self, seq: Seq, work: Work) -> bool {
+        let mut events = self.events;
+        let Some(slot) = self.get_mut(seq) else { return false };
+        let Err(at) = slot.place(work.subscription) else { return false };
+        let before = slot.status();
+        slot.tally.add(work.status);
+        let status = work.status;
+        slot.works.insert(at, work);
+        events.shift(before, slot.status());
+        self.events = events;
+        self.deliveries.add(status);
+        true
+    }
+
+    /// Takes a delivery away.
+    pub(super) fn withdraw(&mut self, seq: Seq, subscription: usize) -> Option<Work> {
+        let mut events = self.events;
+        let slot = self.get_mut(seq)?;
+        let at = slot.place(subscription).ok()?;
+        let (before, was_open) = (slot.status(), slot.is_open());
+        let work = slot.works.remove(at);
+        slot.tally.remove(work.status);
+        slot.started -= u32::from(work.started_at.is_some());
+        events.shift(before, slot.status());
+        let finished = was_open && !slot.is_open();
+        self.events = events;
+        self.deliveries.remove(work.status);
+        if finished {
+            self.finished.push(seq);
+        }
+        Some(work)
+    }
+
+    fn take(&mut self, seq: Seq) -> Option<Box<Slot>> {
+        let slot = match seq.checked_sub(self.first_recent()) {
+            Some(offset) => self.recent.get_mut(usize::try_from(offset).ok()?)?.take().inspect(|_| self.holes += 1),
+            None => self.older.remove(&seq),
+        }?;
+        self.events.remove(slot.status());
+        for work in &slot.works {
+            self.deliveries.remove(work.status);
+        }
+        Some(slot)
+    }
+
+    /// Removes an event's content for good, and returns it.
+    pub(super) fn erase(&mut self, seq: Seq) -> Option<Box<Slot>> {
+        let slot = self.take(seq)?;
+        self.erased.insert(seq, (slot.event.id.clone(), slot.event.created_at.as_microsecond()));
+        Some(slot)
+    }
+
+    fn forget(&mut self, seq: Seq) {
+        if let Some(slot) = self.take(seq) {
+            self.ids.remove(&slot.event.id);
+            self.pruned = self.pruned.max(seq);
+        }
+    }
+
+    /// Removes the oldest finished event. `false` when every event is open.
+    pub(super) fn evict(&mut self) -> bool {
+        while let Some(seq) = self.finished.pop() {
+            if self.get(seq).is_some_and(|slot| !slot.is_open()) {
+                self.forget(seq);
+                self.tidy();
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Removes the oldest finished events while there are more than `max` events.
+    pub(super) fn shrink(&mut self, max: u64) -> u64 {
+        let mut gone = 0;
+        while self.total() > max && self.evict() {
+            gone += 1;
+        }
+        gone
+    }
+
+    /// Removes the finished events that were made before `instant`, and the last traces of those erased so long ago.
+    pub(super) fn expire(&mut self, instant: i64) -> u64 {
+        let old = |slot: &Slot| !slot.is_open() && slot.event.created_at.as_microsecond() < instant;
+        let gone: Vec<Seq> = self.after(0).filter(|(_, slot)| old(slot)).map(|(seq, _)| seq).collect();
+        for &seq in &gone {
+            self.forget(seq);
+        }
+        for (seq, (id, _)) in self.erased.extract_if(.., |_, (_, created)| *created < instant) {
+            self.ids.remove(&id);
+            self.pruned = self.pruned.max(seq);
+        }
+        self.tidy();
+        gone.len() as u64
+    }
+
+    /// Lets go of empty places, and moves lone old slots away when they would keep many empty places alive.
+    fn tidy(&mut self) {
+        loop {
+            let first = self.first_recent();
+            let sparse = self.recent.len() > FEW_SLOTS && self.holes * 2 > self.recent.len();
+            match self.recent.front_mut() {
+                Some(None) => self.holes -= 1,
+                Some(front) if sparse => self.older.extend(front.take().map(|slot| (first, slot))),
+                _ => return,
+            }
+            self.recent.pop_front();
+        }
+    }
+}
