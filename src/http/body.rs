@@ -16,6 +16,9 @@ use serde_json::value::RawValue;
 use super::problem::{Problem, suggestion};
 use crate::error::Error;
 
+/// Room for any request that is not an event, in bytes.
+pub(super) const SMALL: u64 = 64 * 1024;
+
 /// Reads a whole body of at most `limit` bytes within `patience`.
 ///
 /// # Errors
