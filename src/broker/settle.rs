@@ -170,9 +170,11 @@ impl Settler {
         let next = self.next(&ended.lease, &ended.binding, &ended.outcome);
         let Ended { lease, binding, outcome, started_at, duration } = ended;
         let exhausted = next == Next::Fail && outcome.verdict != Verdict::Reject && lease.attempt > 1;
-        let error = outcome.fault.as_ref().map(|fault| match exhausted {
-            true => format!("handler failed after {} attempts: {fault}", lease.attempt),
-            false => fault.to_string(),
+        let error = outcome.fault.map(|mut fault| {
+            if exhausted {
+                fault.message = format!("handler failed after {} attempts: {}", lease.attempt, fault.message);
+            }
+            fault
         });
         let attempt = Attempt {
             number: lease.number,
@@ -180,7 +182,7 @@ impl Settler {
             started_at,
             duration_us: u64::try_from(duration.as_micros()).unwrap_or(u64::MAX),
             worker: Arc::clone(&self.shared.instance_id),
-            error: outcome.fault,
+            error,
             reply: outcome.reply,
             trace: outcome.trace,
         };
@@ -188,7 +190,6 @@ impl Settler {
             key: lease.key.clone(),
             next,
             attempt: Some(attempt),
-            error: error.map(Into::into),
             published: Vec::new(),
             writes: Vec::new(),
         };
@@ -228,7 +229,6 @@ impl Settler {
             Fault::new("effects-refused", format!("what the handler wrote or published cannot be applied: {reason}"));
         let outcome = Outcome::failed(Verdict::HostFault, fault.clone());
         entry.settlement.next = self.next(&entry.lease, &entry.binding, &outcome);
-        entry.settlement.error = Some(fault.to_string().into());
         entry.settlement.published.clear();
         entry.settlement.writes.clear();
         if let Some(attempt) = &mut entry.settlement.attempt {
@@ -292,7 +292,7 @@ impl Settler {
             Next::Fail => {
                 totals.failed.fetch_add(1, Ordering::Relaxed);
                 binding.metrics.dead_letters.inc();
-                let error = entry.settlement.error.as_deref().unwrap_or_default();
+                let error = attempt.error.as_ref().map(ToString::to_string).unwrap_or_default();
                 tracing::warn!(event = %event.id, subscription = %binding.name, verdict = %attempt.verdict, error, "a delivery became a dead letter");
             }
             Next::Complete | Next::Release => {}
@@ -348,14 +348,8 @@ impl Shared {
             return Ok(());
         }
         self.leases.forget(keys.iter().map(|key| key.token));
-        let give_back = |key| Settlement {
-            key,
-            next: Next::Release,
-            attempt: None,
-            error: None,
-            published: Vec::new(),
-            writes: Vec::new(),
-        };
+        let give_back =
+            |key| Settlement { key, next: Next::Release, attempt: None, published: Vec::new(), writes: Vec::new() };
         self.provider.settle(keys.into_iter().map(give_back).collect()).await.map(drop)
     }
 }

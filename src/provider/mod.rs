@@ -302,8 +302,6 @@ pub struct Settlement {
     pub next: Next,
     /// The attempt's record; `None` only with [`Next::Release`], after which it is as if the claim had never been.
     pub attempt: Option<Attempt>,
-    /// What the delivery's error becomes; `None` clears it.
-    pub error: Option<Arc<str>>,
     /// Events to append with a success.
     pub published: Vec<Append>,
     /// Key-value writes to apply with a success, in order. `bucket` is the documents' collection.

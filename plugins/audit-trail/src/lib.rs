@@ -62,12 +62,21 @@ mod tests {
             "kind": "entity", "action": "updated", "entity_type": "orders", "entity_id": "o-20260117-0001",
             "data": {"status": "paid", "total_cents": 4599},
         });
-        let event = testing::event("shop.orders.update", &payload).with_attribute("user-id", "42").with_attribute("session-id", "s-9");
+        let event = testing::event("shop.orders.update", &payload)
+            .with_attribute("user-id", "42")
+            .with_attribute("session-id", "s-9");
         let line = line(event);
         assert_eq!(line.message, "changed");
         for (name, value) in [
-            ("who", "42"), ("operation", "update"), ("schema", "shop"), ("entity", "orders"), ("id", "o-20260117-0001"),
-            ("fields", "status,total_cents"), ("session", "s-9"), ("event", "test-event"), ("sequence", "1"),
+            ("who", "42"),
+            ("operation", "update"),
+            ("schema", "shop"),
+            ("entity", "orders"),
+            ("id", "o-20260117-0001"),
+            ("fields", "status,total_cents"),
+            ("session", "s-9"),
+            ("event", "test-event"),
+            ("sequence", "1"),
         ] {
             assert_eq!(line.field(name), Some(value), "{name}");
         }

@@ -30,10 +30,12 @@ enum Fault {
     Loop {},
     /// Never returns, and calls the host all the time.
     LoopInHost {},
-    /// Computes for this long by the host's clock, then succeeds.
+    /// Keeps busy for this long by the host's clock, then succeeds. Cheap in fuel: it asks the host all the time.
     Spin { ms: u64 },
-    /// Recurses until the stack is exhausted.
+    /// Recurses with local arrays, until the stack in the guest's own memory is exhausted.
     StackOverflow {},
+    /// Recurses without locals, until the host's stack for WebAssembly is exhausted.
+    DeepCalls {},
     /// Takes memory, all there is unless a number of MiB is given, then succeeds.
     Memory { mib: Option<usize> },
     /// Asks for a retry the first `times` times.
@@ -69,6 +71,9 @@ enum Fault {
 /// Events that this instance has handled.
 static HANDLED: AtomicU32 = AtomicU32::new(0);
 
+/// Seen from outside, so that no compiler leaves the calls out.
+static CALLS: AtomicU32 = AtomicU32::new(0);
+
 fn misbehave(event: Event) -> Result<Option<Reply>, Failure> {
     HANDLED.fetch_add(1, Ordering::Relaxed);
     if serde_json::from_slice::<serde::de::IgnoredAny>(&event.payload).is_err() {
@@ -90,14 +95,20 @@ fn perform(fault: Fault, event: &Event) -> Result<Option<Reply>, Failure> {
         Fault::StackOverflow {} => {
             black_box(recurse(0));
         }
+        Fault::DeepCalls {} => {
+            black_box(descend(0));
+        }
         Fault::Memory { mib } => hoard(mib.unwrap_or(usize::MAX)),
         Fault::Fail { times } if delivery::attempt() <= times => {
-            return Err(Failure::retry("not-yet", format!("fails {times} times")).detail("attempt", delivery::attempt()));
+            return Err(
+                Failure::retry("not-yet", format!("fails {times} times")).detail("attempt", delivery::attempt())
+            );
         }
         Fault::Fail { .. } => {}
         Fault::Retry { after_ms, code } => return Err(retry(after_ms, code)),
         Fault::Reject { code } => {
-            return Err(Failure::reject(code.unwrap_or_else(|| "refused".to_owned()), "asked to reject").detail("event", &event.id));
+            return Err(Failure::reject(code.unwrap_or_else(|| "refused".to_owned()), "asked to reject")
+                .detail("event", &event.id));
         }
         Fault::Panic { bytes } => break_out::panic_with(&"p".repeat(bytes.unwrap_or(16))),
         Fault::Log { lines, bytes } => {
@@ -171,11 +182,7 @@ fn loop_without_end() -> ! {
 /// The only clock of a guest is what the host says is left of the attempt.
 fn spin(length: Duration) {
     let end = delivery::remaining().saturating_sub(length);
-    while delivery::remaining() > end {
-        for turn in 0..10_000_u32 {
-            black_box(turn);
-        }
-    }
+    while delivery::remaining() > end {}
 }
 
 /// Not a tail call, and with a frame that cannot be left out.
@@ -183,6 +190,13 @@ fn spin(length: Duration) {
 fn recurse(depth: u64) -> u64 {
     let frame = black_box([depth; 64]);
     recurse(depth.wrapping_add(1)).wrapping_add(frame.iter().sum())
+}
+
+/// Not a tail call either, and nothing but the calls themselves needs room.
+#[expect(unconditional_recursion, reason = "the stack is to be exhausted")]
+fn descend(depth: u32) -> u32 {
+    CALLS.fetch_add(1, Ordering::Relaxed);
+    descend(depth.wrapping_add(1)).rotate_left(3) ^ depth
 }
 
 /// Holds on to all of it at once, and touches it.
@@ -233,7 +247,8 @@ mod tests {
     fn steps_that_end_badly_leave_nothing() {
         let host = host();
         let increment = json!({"fault": "kv-increment", "key": "n", "by": 2});
-        let steps = json!({"fault": "steps", "steps": [increment, {"fault": "publish", "count": 3}, {"fault": "reject"}]});
+        let steps =
+            json!({"fault": "steps", "steps": [increment, {"fault": "publish", "count": 3}, {"fault": "reject"}]});
         deliver(&host, &steps).unwrap_err();
         assert_eq!((host.kv_number("faults", "n"), host.published().len()), (None, 0));
         let reply = deliver(&host, &increment).unwrap().unwrap();

@@ -80,7 +80,10 @@ mod tests {
         let published = host.published();
         assert_eq!(published.len(), 3);
         assert_eq!(published[2].event_type, "shop.totals.update");
-        assert_eq!(published[2].json::<Value>().unwrap(), json!({"customer": "c-1017", "total_cents": 5000, "orders": 2}));
+        assert_eq!(
+            published[2].json::<Value>().unwrap(),
+            json!({"customer": "c-1017", "total_cents": 5000, "orders": 2})
+        );
         assert_eq!(published[2].attributes, [("key".to_owned(), "c-1017".to_owned())]);
     }
 

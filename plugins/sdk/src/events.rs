@@ -14,8 +14,9 @@ pub fn publish(event_type: &str, payload: &impl Serialize) -> Result<String, Fau
 
 /// The same with attributes: `key` for ordering, `metadata.<name>` with a JSON value for anything else.
 pub fn publish_with(event_type: &str, payload: &impl Serialize, attributes: &[(&str, &str)]) -> Result<String, Fault> {
-    let payload = serde_json::to_vec(payload)
-        .map_err(|why| Fault::new("invalid-payload", format!("payload of {event_type} cannot be written as JSON: {why}")))?;
+    let payload = serde_json::to_vec(payload).map_err(|why| {
+        Fault::new("invalid-payload", format!("payload of {event_type} cannot be written as JSON: {why}"))
+    })?;
     publish_bytes(event_type, "application/json", payload, attributes)
 }
 

@@ -96,10 +96,16 @@ mod tests {
     fn every_documented_shape_of_function_is_a_handler() {
         let payload = json!({"n": 1});
         assert_eq!(run(|_: Event| (), &payload), Ok(None));
-        assert_eq!(run(|event: Event| Reply::text(event.event_type), &payload), Ok(Some(Reply::text("shop.orders.create"))));
+        assert_eq!(
+            run(|event: Event| Reply::text(event.event_type), &payload),
+            Ok(Some(Reply::text("shop.orders.create")))
+        );
         assert_eq!(run(|Json(_): Json<Value>| None::<Reply>, &payload), Ok(None));
         assert_eq!(
-            run(|Json(value): Json<Value>, event: Event| Ok::<_, Failure>(Reply::text(format!("{value} {}", event.id))), &payload),
+            run(
+                |Json(value): Json<Value>, event: Event| Ok::<_, Failure>(Reply::text(format!("{value} {}", event.id))),
+                &payload
+            ),
             Ok(Some(Reply::text("{\"n\":1} test-event")))
         );
     }

@@ -53,7 +53,9 @@ pub use outcome::{Failure, Fault, OrFail, Reply};
 
 /// What most handlers need, for one `use` line.
 pub mod prelude {
-    pub use crate::{Event, Failure, Json, OrFail, Reply, config, debug, delivery, error, events, info, kv, trace, warn};
+    pub use crate::{
+        Event, Failure, Json, OrFail, Reply, config, debug, delivery, error, events, info, kv, trace, warn,
+    };
 }
 
 /// Makes the plugin out of one function, which must be a [`Handler`].
@@ -77,10 +79,8 @@ macro_rules! plugin {
             impl $crate::__export::Guest for Plugin {
                 fn handle(
                     event: $crate::__export::Event,
-                ) -> ::core::result::Result<
-                    ::core::option::Option<$crate::__export::Reply>,
-                    $crate::__export::Failure,
-                > {
+                ) -> ::core::result::Result<::core::option::Option<$crate::__export::Reply>, $crate::__export::Failure>
+                {
                     $crate::__export::call(&$handler, event)
                 }
             }
@@ -104,10 +104,7 @@ pub mod __export {
 
     /// One call from the host, in the types of the interface.
     #[cfg(target_family = "wasm")]
-    pub fn call<Arguments>(
-        handler: &impl crate::Handler<Arguments>,
-        event: Event,
-    ) -> Result<Option<Reply>, Failure> {
+    pub fn call<Arguments>(handler: &impl crate::Handler<Arguments>, event: Event) -> Result<Option<Reply>, Failure> {
         #[cfg(feature = "panic-log")]
         crate::log::panics();
         match handler.call(event.into()) {

@@ -140,7 +140,8 @@ impl Fault {
     /// Whether the same call can only fail again: it was refused (`denied`), was wrong (`invalid`, `invalid-…`) or too
     /// much (`too-large`, `too-many`).
     pub fn is_permanent(&self) -> bool {
-        matches!(self.code.as_str(), "denied" | "invalid" | "too-large" | "too-many") || self.code.starts_with("invalid-")
+        matches!(self.code.as_str(), "denied" | "invalid" | "too-large" | "too-many")
+            || self.code.starts_with("invalid-")
     }
 }
 

@@ -89,7 +89,12 @@ impl Host {
         let requested = Requested {
             kv: manifest.capabilities.kv.into_iter().collect(),
             config: manifest.capabilities.config.into_iter().collect(),
-            events: manifest.capabilities.events.iter().map(|pattern| TypePattern::new(pattern)).collect::<Result<_, _>>()?,
+            events: manifest
+                .capabilities
+                .events
+                .iter()
+                .map(|pattern| TypePattern::new(pattern))
+                .collect::<Result<_, _>>()?,
         };
         with_state(|state| {
             state.grants = Grants::Requested(requested);
@@ -317,7 +322,8 @@ mod tests {
     use super::{Host, TypePattern, event};
     use crate::{Event, Failure, events, kv};
 
-    const MANIFEST: &str = "name = \"sample\"\nversion = \"1.0.0\"\n[capabilities]\nkv = [\"seen\"]\nevents = [\"shop.totals.*\"]\n";
+    const MANIFEST: &str =
+        "name = \"sample\"\nversion = \"1.0.0\"\n[capabilities]\nkv = [\"seen\"]\nevents = [\"shop.totals.*\"]\n";
 
     #[test]
     fn a_failed_attempt_leaves_nothing_behind_but_its_log() {

@@ -61,12 +61,17 @@ fn domain(email: &str) -> Option<String> {
 
 fn is_label(label: &str) -> bool {
     let inside = |c: char| c.is_alphanumeric() || c == '-';
-    !label.is_empty() && label.len() <= 63 && label.chars().all(inside) && !label.starts_with('-') && !label.ends_with('-')
+    !label.is_empty()
+        && label.len() <= 63
+        && label.chars().all(inside)
+        && !label.starts_with('-')
+        && !label.ends_with('-')
 }
 
 /// A domain is blocked together with everything below it.
 fn is_disposable(domain: &str) -> bool {
-    let below = |blocked: &str| domain == blocked || domain.strip_suffix(blocked).is_some_and(|rest| rest.ends_with('.'));
+    let below =
+        |blocked: &str| domain == blocked || domain.strip_suffix(blocked).is_some_and(|rest| rest.ends_with('.'));
     let more = config::get("blocked-domains").unwrap_or_default().to_ascii_lowercase();
     DISPOSABLE.into_iter().any(below) || more.split(',').map(str::trim).filter(|name| !name.is_empty()).any(below)
 }
@@ -97,8 +102,14 @@ mod tests {
     #[test]
     fn every_reason_is_given_at_once() {
         let signup = json!({"email": "bob@mail.mailinator.com", "name": "  "});
-        assert_eq!(answer(&host(), signup), json!({"accepted": false, "reasons": ["name-missing", "email-disposable"]}));
-        assert_eq!(answer(&host(), json!({"email": "bob"})), json!({"accepted": false, "reasons": ["name-missing", "email-malformed"]}));
+        assert_eq!(
+            answer(&host(), signup),
+            json!({"accepted": false, "reasons": ["name-missing", "email-disposable"]})
+        );
+        assert_eq!(
+            answer(&host(), json!({"email": "bob"})),
+            json!({"accepted": false, "reasons": ["name-missing", "email-malformed"]})
+        );
     }
 
     #[test]

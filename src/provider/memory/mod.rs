@@ -128,7 +128,7 @@ impl Provider for MemoryProvider {
         self.change(|state, now| state.append(batch, now))?
     }
 
-    async fn route(&self, _matcher: &Matcher, _max: usize) -> Result<usize> {
+    async fn route(&self, _matcher: &Matcher<'_>, _max: usize) -> Result<usize> {
         self.enter(|_, _| 0)
     }
 

@@ -63,8 +63,9 @@ pub(crate) fn kv_increment(bucket: &str, key: &str, by: i64) -> Result<i64, Faul
         let values = state.bucket(bucket)?;
         let before = match values.get(key) {
             None => 0,
-            Some(bytes) => number(bytes)
-                .ok_or_else(|| Fault::new("invalid-value", format!("value of {key} in bucket {bucket} is not a number")))?,
+            Some(bytes) => number(bytes).ok_or_else(|| {
+                Fault::new("invalid-value", format!("value of {key} in bucket {bucket} is not a number"))
+            })?,
         };
         let sum = before
             .checked_add(by)

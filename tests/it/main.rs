@@ -1,0 +1,3 @@
+//! The one integration binary: what tidegate promises, seen from outside.
+
+mod broker;
