@@ -1,9 +1,7 @@
 //! The broker over memory against a channel and a slab: what status, retries and matching cost when nothing is stored.
 //!
-//! `cargo bench --bench memory`. Both sides run on a runtime of two threads, with one publisher and a payload of about
+//! `cargo bench -- memory`. Both sides run on a runtime of two threads, with one publisher and a payload of about
 //! 300 bytes. Nothing is durable on either side.
-
-mod support;
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
@@ -17,9 +15,11 @@ use tidegate::provider::memory::{self, MemoryProvider};
 use tidegate::{Broker, Event, Metrics, Payload, Source, Subscription, native};
 use tokio::sync::{Notify, mpsc};
 
+use crate::support;
+
 const EVENTS: usize = 200_000;
 
-fn main() {
+pub fn run() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     support::compare(
         "memory, native handler, publish → completed, one by one",

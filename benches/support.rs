@@ -47,3 +47,29 @@ pub fn compare(what: &str, goal: &str, mut ours: impl FnMut() -> f64, mut other:
 pub fn per_second(count: usize, began: Instant) -> f64 {
     count as f64 / began.elapsed().as_secs_f64()
 }
+
+/// A program of `benches/peers` that measures one thing per call and prints work per second.
+pub struct Peer {
+    program: std::path::PathBuf,
+}
+
+/// Builds the peer of this name; `None`, with the reason printed, when it cannot be built here.
+pub fn peer(name: &str) -> Option<Peer> {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers").join(name);
+    let built = std::process::Command::new(env!("CARGO")).args(["build", "--release"]).current_dir(&folder).status();
+    if !built.is_ok_and(|status| status.success()) {
+        println!("{name} cannot be built here: rows against it are left out");
+        return None;
+    }
+    Some(Peer { program: folder.join("target/release").join(name) })
+}
+
+impl Peer {
+    /// Runs the peer and reads the figure that it prints last.
+    pub fn measure(&self, arguments: &[&str]) -> f64 {
+        let output = std::process::Command::new(&self.program).args(arguments).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let last = text.lines().last().unwrap_or_default();
+        last.trim().parse().unwrap_or_else(|_| panic!("{:?} printed {text:?} {:?}", self.program, output.stderr))
+    }
+}
