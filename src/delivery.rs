@@ -447,12 +447,15 @@ impl EventRecord {
         let status = Status::of_event(deliveries.iter().map(|delivery| delivery.status), started);
         let failed = deliveries.iter().find(|delivery| delivery.status == Status::Failed);
         let last_end = deliveries.iter().filter_map(|delivery| delivery.completed_at).max();
+        // The event carries its publisher's clock and the deliveries the store's: where they disagree, order wins.
+        let first_start = deliveries.iter().filter_map(|delivery| delivery.started_at).min();
+        let processed_at = first_start.map(|start| start.max(event.created_at));
         Self {
             status,
             retry_count: deliveries.iter().map(|delivery| delivery.retry_count).sum(),
             error: failed.and_then(|delivery| delivery.error.clone()),
-            processed_at: deliveries.iter().filter_map(|delivery| delivery.started_at).min(),
-            completed_at: status.is_terminal().then(|| last_end.unwrap_or(event.created_at)),
+            processed_at,
+            completed_at: status.is_terminal().then(|| last_end.max(processed_at).unwrap_or(event.created_at)),
             event,
         }
     }

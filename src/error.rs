@@ -154,6 +154,17 @@ pub fn quote(value: &str) -> String {
     }
 }
 
+/// The one of `known` that `given` was probably meant to be, or `None` when nothing is near.
+#[must_use]
+pub fn nearest<'a>(given: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .into_iter()
+        .map(|name| (strsim::damerau_levenshtein(given, name), name))
+        .filter(|&(distance, name)| distance <= 1 + name.chars().count() / 4)
+        .min_by_key(|&(distance, _)| distance)
+        .map(|(_, name)| name)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -170,5 +181,14 @@ mod tests {
     #[test]
     fn control_characters_in_a_value_are_escaped() {
         assert_eq!(quote("a\nb\u{0}"), "\"a\\nb\\0\"");
+    }
+
+    #[test]
+    fn only_a_near_name_is_suggested() {
+        let known = ["worker_count", "buffer_size", "mode"];
+        assert_eq!(nearest("worker_cuont", known), Some("worker_count"));
+        assert_eq!(nearest("workers", known), None);
+        assert_eq!(nearest("mod", known), Some("mode"));
+        assert_eq!(nearest("x", []), None);
     }
 }

@@ -1,0 +1,633 @@
+//! The broker over the memory store, under paused time: what is published, called, retried, ordered and given back.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::json;
+use tidegate::broker::{DeadLetterFilter, EventFilter, Mode, Options, SubscriptionPatch};
+use tidegate::delivery::{Fault, KvChange, KvWrite};
+use tidegate::handler::{Effects, Publish, Success};
+use tidegate::provider::memory::{self, MemoryProvider};
+use tidegate::provider::{ClaimRequest, Documents as _, Provider, Want};
+use tidegate::subscription::{Ordering as Keys, Start};
+use tidegate::{
+    Broker, Call, Error, Event, EventDetail, Failure, Handler, Metrics, Payload, Reply, RetryPolicy, Source, Status,
+    Subscription, Verdict, native,
+};
+use tokio::sync::{Notify, Semaphore, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+/// A running broker over a memory store.
+struct Rig {
+    broker: Broker,
+    provider: Arc<MemoryProvider>,
+    stop: Option<oneshot::Sender<()>>,
+    service: JoinHandle<tidegate::Result<()>>,
+}
+
+fn options() -> Options {
+    let retry = RetryPolicy { jitter: 0.0, ..RetryPolicy::default() };
+    Options { instance_id: "test".into(), retry, seed: Some(7), ..Options::default() }
+}
+
+impl Rig {
+    async fn start() -> Self {
+        Self::with(options(), memory::Options::default()).await
+    }
+
+    async fn with(options: Options, memory: memory::Options) -> Self {
+        let provider = Arc::new(MemoryProvider::open(memory).unwrap());
+        let shared = Arc::clone(&provider) as Arc<dyn Provider>;
+        let (broker, service) = Broker::open(shared, options, Metrics::default()).await.unwrap();
+        let (stop, stopped) = oneshot::channel();
+        let service = tokio::spawn(service.run(async move { drop(stopped.await) }));
+        Self { broker, provider, stop: Some(stop), service }
+    }
+
+    async fn on(&self, name: &str, pattern: &str, handler: Arc<dyn Handler>) {
+        self.broker.subscribe(subscription(name, pattern), handler).await.unwrap();
+    }
+
+    /// Publishes and waits until the event is completed or failed.
+    async fn handled(&self, event: Event) -> EventDetail {
+        let answer = self.broker.publish_sync(event, Duration::from_secs(3600)).await.unwrap();
+        assert!(answer.finished);
+        answer.detail
+    }
+
+    async fn stop(&mut self) {
+        drop(self.stop.take());
+        (&mut self.service).await.unwrap().unwrap();
+    }
+
+    async fn status(&self, id: &str) -> Status {
+        self.broker.event(id).await.unwrap().record.status
+    }
+}
+
+fn subscription(name: &str, pattern: &str) -> Subscription {
+    Subscription::new(name, pattern.parse().unwrap())
+}
+
+fn event(event_type: &str) -> Event {
+    Event::new(Source::Internal, event_type.parse().unwrap(), Payload::json(&json!({"n": 1})).unwrap())
+}
+
+fn event_with_id(event_type: &str, id: &str) -> Event {
+    Event { id: id.parse().unwrap(), ..event(event_type) }
+}
+
+/// Counts its calls and succeeds.
+fn counting(calls: &Arc<AtomicUsize>) -> Arc<dyn Handler> {
+    let calls = Arc::clone(calls);
+    native(move |_| {
+        calls.fetch_add(1, Ordering::SeqCst);
+        async { Ok(()) }
+    })
+}
+
+/// Fails the first `times` calls, then succeeds.
+fn failing(times: usize, calls: &Arc<AtomicUsize>) -> Arc<dyn Handler> {
+    let calls = Arc::clone(calls);
+    native(move |_| {
+        let call = calls.fetch_add(1, Ordering::SeqCst);
+        async move { if call < times { Err(Failure::retry("busy", "not yet")) } else { Ok(()) } }
+    })
+}
+
+fn calls() -> Arc<AtomicUsize> {
+    Arc::default()
+}
+
+/// BEHAVIOURS A8, and "the stored copy never got retry_count, processed_at, completed_at".
+#[tokio::test(start_paused = true)]
+async fn a_handled_event_is_completed_with_its_attempt_and_times_in_order() {
+    let rig = Rig::start().await;
+    rig.on("totals", "shop.orders.*", native(|_| async { Ok(Reply::json(&json!({"total": 3}))?) })).await;
+    let detail = rig.handled(event("shop.orders.create")).await;
+    let record = &detail.record;
+    assert_eq!((record.status, record.retry_count, &record.error), (Status::Completed, 0, &None));
+    assert!(record.event.created_at <= record.processed_at.unwrap());
+    assert!(record.processed_at.unwrap() <= record.completed_at.unwrap());
+    let [delivery] = &detail.deliveries[..] else { panic!("one delivery: {detail:?}") };
+    let [attempt] = &delivery.attempts[..] else { panic!("one attempt: {detail:?}") };
+    assert_eq!((attempt.number, attempt.verdict, &*attempt.worker), (1, Verdict::Ok, "test"));
+    assert_eq!(attempt.reply.as_ref().unwrap().body, "{\"total\":3}");
+}
+
+/// BEHAVIOURS B8, A9, and "an event nobody handles stayed pending for ever".
+#[tokio::test(start_paused = true)]
+async fn every_matching_subscription_is_called_once_and_an_unmatched_event_is_completed() {
+    let rig = Rig::start().await;
+    let (all, chats, orders) = (calls(), calls(), calls());
+    rig.on("all", "*", counting(&all)).await;
+    rig.on("chats", "chat.*", counting(&chats)).await;
+    rig.on("orders", "shop.orders.*", counting(&orders)).await;
+    let chat = Event { source: Source::Websocket, ..event("chat.message") };
+    assert_eq!(rig.handled(chat).await.deliveries.len(), 2);
+    assert_eq!([&all, &chats, &orders].map(|calls| calls.load(Ordering::SeqCst)), [1, 1, 0]);
+    rig.broker.unsubscribe("all").await.unwrap();
+    let lonely = rig.broker.publish(event("nobody.cares")).await.unwrap();
+    assert_eq!(lonely.status, Status::Completed);
+}
+
+/// BEHAVIOURS D2, D3: after 1, 2 and 4 seconds.
+#[tokio::test(start_paused = true)]
+async fn a_failing_handler_is_called_again_after_one_two_and_four_seconds() {
+    let rig = Rig::start().await;
+    let calls = calls();
+    rig.on("flaky", "*", failing(3, &calls)).await;
+    let began = Instant::now();
+    let detail = rig.handled(event("a.b")).await;
+    assert_eq!((detail.record.status, detail.record.retry_count), (Status::Completed, 3));
+    assert_eq!(calls.load(Ordering::SeqCst), 4);
+    let took = began.elapsed();
+    assert!(took >= Duration::from_secs(7) && took < Duration::from_millis(7_200), "{took:?}");
+}
+
+/// BEHAVIOURS C9, C10: all handlers run, and the event fails with the text of the one that failed.
+#[tokio::test(start_paused = true)]
+async fn a_handler_that_never_succeeds_makes_a_dead_letter_and_nobody_else_runs_again() {
+    let rig = Rig::start().await;
+    let (bad, good) = (calls(), calls());
+    rig.on("bad", "*", failing(usize::MAX, &bad)).await;
+    rig.on("good", "*", counting(&good)).await;
+    let detail = rig.handled(event("a.b")).await;
+    assert_eq!([&bad, &good].map(|calls| calls.load(Ordering::SeqCst)), [4, 1]);
+    assert_eq!((detail.record.status, detail.record.retry_count), (Status::Failed, 3));
+    let error = detail.record.error.unwrap();
+    assert!(error.contains("handler failed after 4 attempts: not yet"), "{error}");
+    let dead = rig.broker.dead_letters(&DeadLetterFilter { limit: 10, ..Default::default() }).await.unwrap();
+    assert_eq!(dead.letters.len(), 1);
+    assert_eq!(dead.letters[0].delivery.attempts.len(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rejected_event_is_dead_at_once() {
+    let rig = Rig::start().await;
+    rig.on("strict", "*", native(|_| async { Err::<(), _>(Failure::reject("bad-order", "no total")) })).await;
+    let detail = rig.handled(event("a.b")).await;
+    assert_eq!((detail.record.status, detail.record.retry_count), (Status::Failed, 0));
+    assert_eq!(detail.record.error.as_deref(), Some("bad-order: no total"));
+    assert_eq!(detail.deliveries[0].verdict, Some(Verdict::Reject));
+}
+
+/// "A handler's panic killed the process": here it is a trap, and the next event is handled.
+#[tokio::test(start_paused = true)]
+async fn a_panic_ends_that_attempt_only() {
+    let rig = Rig::start().await;
+    let seen = calls();
+    let handler = {
+        let seen = Arc::clone(&seen);
+        native(move |_| {
+            let first = seen.fetch_add(1, Ordering::SeqCst) == 0;
+            async move { if first { panic!("boom") } else { Ok(()) } }
+        })
+    };
+    rig.on("shaky", "*", handler).await;
+    let detail = rig.handled(event("a.b")).await;
+    assert_eq!(detail.record.status, Status::Completed);
+    let first = &detail.deliveries[0].attempts[0];
+    assert_eq!(first.verdict, Verdict::Trap);
+    assert_eq!(first.error.as_ref().unwrap().message, "the handler panicked: boom");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_takes_too_long_is_a_timeout() {
+    let rig = Rig::start().await;
+    let slow = Subscription { timeout: Some(Duration::from_secs(2)), ..subscription("slow", "*") };
+    let handler = native(|call: Call| async move {
+        if call.attempt == 1 {
+            std::future::pending::<()>().await;
+        }
+        Ok(())
+    });
+    rig.broker.subscribe(slow, handler).await.unwrap();
+    let detail = rig.handled(event("a.b")).await;
+    let verdicts: Vec<Verdict> = detail.deliveries[0].attempts.iter().map(|attempt| attempt.verdict).collect();
+    assert_eq!(verdicts, [Verdict::Timeout, Verdict::Ok]);
+    assert_eq!(detail.deliveries[0].attempts[0].duration_us / 1_000_000, 2);
+}
+
+/// "Back-off sleeping inside a worker: two failing events delayed 100 healthy ones by 7 s".
+#[tokio::test(start_paused = true)]
+async fn two_poison_events_on_two_workers_do_not_delay_a_hundred_good_ones() {
+    let two = std::num::NonZeroUsize::new(2).unwrap();
+    let rig = Rig::with(Options { worker_count: two, ..options() }, memory::Options::default()).await;
+    let done = Arc::new(Semaphore::new(0));
+    let handler = {
+        let done = Arc::clone(&done);
+        native(move |call: Call| {
+            let done = Arc::clone(&done);
+            async move {
+                if call.event.event_type.as_str() == "poison" {
+                    return Err(Failure::retry("poison", "never works"));
+                }
+                done.add_permits(1);
+                Ok(())
+            }
+        })
+    };
+    rig.on("all", "*", handler).await;
+    let began = Instant::now();
+    for id in ["poison-1", "poison-2"] {
+        rig.broker.publish(event_with_id("poison", id)).await.unwrap();
+    }
+    for _ in 0..100 {
+        rig.broker.publish(event("good")).await.unwrap();
+    }
+    drop(done.acquire_many(100).await.unwrap());
+    assert!(began.elapsed() < Duration::from_millis(900), "before the first retry: {:?}", began.elapsed());
+}
+
+/// "Stop waited 7 s for a back-off": the event is still due, and no time passes.
+#[tokio::test(start_paused = true)]
+async fn a_stop_during_a_back_off_is_immediate_and_keeps_the_event() {
+    let mut rig = Rig::start().await;
+    let failed = Arc::new(Notify::new());
+    let handler = {
+        let failed = Arc::clone(&failed);
+        native(move |_| {
+            failed.notify_one();
+            async { Err::<(), _>(Failure::retry("busy", "not yet")) }
+        })
+    };
+    rig.on("flaky", "*", handler).await;
+    let published = rig.broker.publish(event("a.b")).await.unwrap();
+    failed.notified().await;
+    let began = Instant::now();
+    rig.stop().await;
+    assert!(began.elapsed() < Duration::from_millis(900), "{:?}", began.elapsed());
+    let detail = rig.provider.get(published.id.as_str()).await.unwrap().unwrap();
+    assert_eq!(detail.deliveries[0].status, Status::Pending);
+    assert_eq!(detail.deliveries[0].retry_count, 1);
+}
+
+/// BEHAVIOURS C8: 2 workers, 5 queued handlers of 50 ms, all handled before the stop returns.
+#[tokio::test(start_paused = true)]
+async fn a_stop_drains_what_is_queued() {
+    let two = std::num::NonZeroUsize::new(2).unwrap();
+    let mut rig = Rig::with(Options { worker_count: two, ..options() }, memory::Options::default()).await;
+    let done = calls();
+    let handler = {
+        let done = Arc::clone(&done);
+        native(move |_| {
+            let done = Arc::clone(&done);
+            async move {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                done.fetch_add(1, Ordering::SeqCst);
+                Ok(())
+            }
+        })
+    };
+    rig.on("slow", "*", handler).await;
+    for _ in 0..5 {
+        rig.broker.publish(event("a.b")).await.unwrap();
+    }
+    rig.stop().await;
+    assert_eq!(done.load(Ordering::SeqCst), 5);
+    let refused = rig.broker.publish(event("a.b")).await.unwrap_err();
+    assert_eq!(refused.to_string(), "broker is not running");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_outlives_the_grace_is_given_back_unpunished() {
+    let mut rig = Rig::start().await;
+    let started = Arc::new(Notify::new());
+    let handler = {
+        let started = Arc::clone(&started);
+        native(move |_| {
+            started.notify_one();
+            std::future::pending::<Result<(), Failure>>()
+        })
+    };
+    let long = Subscription { timeout: Some(Duration::from_secs(3600)), ..subscription("stuck", "*") };
+    rig.broker.subscribe(long, handler).await.unwrap();
+    let published = rig.broker.publish(event("a.b")).await.unwrap();
+    started.notified().await;
+    rig.stop().await;
+    let detail = rig.provider.get(published.id.as_str()).await.unwrap().unwrap();
+    assert_eq!(detail.record.status, Status::Pending);
+    assert!(detail.deliveries[0].attempts.is_empty());
+    let want = Want { subscription: "stuck".into(), room: 1, ordering: Keys::None };
+    let request = ClaimRequest { worker: "next".into(), lease: Duration::from_secs(1), wants: vec![want] };
+    assert_eq!(rig.provider.claim(&request).await.unwrap().leases[0].attempt, 1);
+}
+
+/// "Queue full: the event is stored and counted, the caller gets an error, and nothing ever runs it"; "a queue gauge
+/// that never falls back to 0". BEHAVIOURS C7.
+#[tokio::test(start_paused = true)]
+async fn two_hundred_publishes_into_room_for_ten_are_each_handled_or_refused() {
+    let memory = memory::Options { max_events: 10, ..memory::Options::default() };
+    let rig = Rig::with(options(), memory).await;
+    let handled = Arc::new(Mutex::new(Vec::new()));
+    let handler = {
+        let handled = Arc::clone(&handled);
+        native(move |call: Call| {
+            let handled = Arc::clone(&handled);
+            async move {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                handled.lock().unwrap().push(call.event.id.clone());
+                Ok(())
+            }
+        })
+    };
+    rig.on("slow", "*", handler).await;
+    let (mut accepted, mut refused) = (Vec::new(), Vec::new());
+    for n in 0..200 {
+        let event = event_with_id("a.b", &format!("event-{n}"));
+        match rig.broker.publish(event).await {
+            Ok(published) => accepted.push(published.id),
+            Err(error) => {
+                assert_eq!(error.code(), "queue_full", "{error}");
+                assert!(error.to_string().starts_with("event queue is full"), "{error}");
+                refused.push(format!("event-{n}"));
+            }
+        }
+    }
+    assert!(accepted.len() >= 10 && refused.len() >= 100, "{} {}", accepted.len(), refused.len());
+    let mut rig = rig;
+    rig.stop().await;
+    let mut handled = handled.lock().unwrap().clone();
+    handled.sort();
+    accepted.sort();
+    assert_eq!(handled, accepted);
+    for id in refused {
+        assert!(rig.provider.get(&id).await.unwrap().is_none(), "{id} was refused and stored");
+    }
+    let stats = rig.broker.stats().await.unwrap();
+    assert_eq!((stats.queue_size, stats.active_workers), (0, 0));
+    assert_eq!(stats.provider_stats.pending_events + stats.provider_stats.processing_events, 0);
+}
+
+/// DESIGN §2.11.
+#[tokio::test(start_paused = true)]
+async fn the_same_id_twice_runs_handlers_once() {
+    let rig = Rig::start().await;
+    let calls = calls();
+    rig.on("all", "*", counting(&calls)).await;
+    let first = rig.broker.publish(event_with_id("a.b", "order-17")).await.unwrap();
+    let again = rig.broker.publish_sync(event_with_id("a.b", "order-17"), Duration::from_secs(9)).await.unwrap();
+    assert!(!first.duplicate && again.duplicate && again.finished);
+    assert_eq!(again.detail.record.event.seq, Some(first.seq));
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+}
+
+/// DESIGN §6: one open delivery per key, and a failing head blocks only its key.
+#[tokio::test(start_paused = true)]
+async fn events_of_one_key_are_handled_in_order_and_a_failing_head_blocks_only_its_key() {
+    let rig = Rig::start().await;
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let handler = {
+        let order = Arc::clone(&order);
+        native(move |call: Call| {
+            let order = Arc::clone(&order);
+            async move {
+                let id = call.event.id.to_string();
+                if id == "a1" && call.attempt < 3 {
+                    return Err(Failure::retry("busy", "not yet"));
+                }
+                order.lock().unwrap().push(id);
+                Ok(())
+            }
+        })
+    };
+    let keyed = Subscription { ordering: Keys::Key, ..subscription("keyed", "*") };
+    rig.broker.subscribe(keyed, handler).await.unwrap();
+    for id in ["a1", "b1", "a2", "b2", "a3"] {
+        let key = Some(id[..1].into());
+        rig.broker.publish(Event { key, ..event_with_id("x.y", id) }).await.unwrap();
+    }
+    let last = Event { key: Some("a".into()), ..event_with_id("x.y", "a4") };
+    rig.handled(last).await;
+    let order = order.lock().unwrap().clone();
+    assert_eq!(order, ["b1", "b2", "a1", "a2", "a3", "a4"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_paused_subscription_keeps_its_deliveries_until_it_is_resumed() {
+    let rig = Rig::start().await;
+    let calls = calls();
+    rig.on("all", "*", counting(&calls)).await;
+    let pause = |paused| SubscriptionPatch { paused: Some(paused), ..SubscriptionPatch::default() };
+    assert!(rig.broker.patch_subscription("all", pause(true)).await.unwrap().subscription.paused);
+    let waiting = rig.broker.publish_sync(event("a.b"), Duration::from_secs(60)).await.unwrap();
+    assert!(!waiting.finished);
+    assert_eq!(waiting.detail.record.status, Status::Pending);
+    // What an operator chose survives a new declaration of the same subscription.
+    rig.on("all", "*", counting(&calls)).await;
+    assert!(rig.broker.subscriptions()[0].subscription.paused);
+    rig.broker.patch_subscription("all", pause(false)).await.unwrap();
+    rig.handled(event("a.c")).await;
+    assert_eq!(rig.status(waiting.detail.record.event.id.as_str()).await, Status::Completed);
+    assert_eq!(calls.load(Ordering::SeqCst), 2);
+}
+
+/// BEHAVIOURS B9, B7.
+#[tokio::test(start_paused = true)]
+async fn nothing_published_after_unsubscribe_reaches_the_handler() {
+    let rig = Rig::start().await;
+    let calls = calls();
+    rig.on("all", "*", counting(&calls)).await;
+    rig.handled(event("a.b")).await;
+    rig.broker.unsubscribe("all").await.unwrap();
+    assert_eq!(rig.broker.publish(event("a.b")).await.unwrap().status, Status::Completed);
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+    let unknown = rig.broker.unsubscribe("all").await.unwrap_err();
+    assert_eq!(unknown.to_string(), "subscription not found: all");
+}
+
+/// DESIGN §2.8: what a handler publishes and writes commits with its success, or not at all.
+#[tokio::test(start_paused = true)]
+async fn effects_commit_with_success_only_and_once() {
+    let rig = Rig::start().await;
+    let seen = calls();
+    let handler = native(|call: Call| async move {
+        let publish = Publish {
+            event_type: "shop.totals.update".parse()?,
+            payload: Payload::json(&json!({"attempt": call.attempt}))?,
+            key: None,
+            metadata: tidegate::event::Metadata::new(),
+        };
+        let write = KvWrite { bucket: "kv/t/totals".into(), key: "c-1".into(), change: KvChange::Increment { by: 5 } };
+        if call.attempt == 1 {
+            return Err(Failure::retry("busy", "not yet"));
+        }
+        Ok(Success { reply: None, effects: Effects { published: vec![publish], writes: vec![write] } })
+    });
+    rig.on("totals", "shop.orders.*", handler).await;
+    rig.on("watch", "shop.totals.*", counting(&seen)).await;
+    let order = rig.handled(event("shop.orders.create")).await;
+    let page = rig.broker.events(&EventFilter { limit: 10, ..Default::default() }).await.unwrap();
+    assert_eq!(page.records.len(), 2, "the failed attempt published nothing");
+    let caused = &page.records[0].event;
+    assert_eq!(caused.caused_by.as_ref(), Some(&order.record.event.id));
+    assert_eq!(caused.payload.bytes(), "{\"attempt\":2}");
+    let total = rig.provider.document("kv/t/totals", "c-1").await.unwrap().unwrap();
+    assert_eq!(total.value, "5");
+    let mut rig = rig;
+    rig.stop().await;
+    assert_eq!(seen.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_write_that_cannot_be_applied_is_a_host_fault_and_leaves_nothing() {
+    let rig = Rig::start().await;
+    rig.provider.put_document("kv/t/names", "k", "text".into(), tidegate::provider::Expect::Any, None).await.unwrap();
+    let handler = native(|_| async {
+        let write = KvWrite { bucket: "kv/t/names".into(), key: "k".into(), change: KvChange::Increment { by: 1 } };
+        Ok(Success { reply: None, effects: Effects { published: Vec::new(), writes: vec![write] } })
+    });
+    rig.on("bad", "*", handler).await;
+    let detail = rig.handled(event("a.b")).await;
+    assert_eq!(detail.record.status, Status::Failed);
+    let verdicts: Vec<Verdict> = detail.deliveries[0].attempts.iter().map(|attempt| attempt.verdict).collect();
+    assert_eq!(verdicts, [Verdict::HostFault; 4]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_subscription_may_start_in_the_past() {
+    let rig = Rig::start().await;
+    for _ in 0..3 {
+        rig.broker.publish(event("a.b")).await.unwrap();
+    }
+    let (earliest, second, late) = (calls(), calls(), calls());
+    for (name, start, calls) in
+        [("earliest", Start::Earliest, &earliest), ("second", Start::Seq(2), &second), ("late", Start::Now, &late)]
+    {
+        let subscription = Subscription { start, ..subscription(name, "a.*") };
+        rig.broker.subscribe(subscription.clone(), counting(calls)).await.unwrap();
+        rig.broker.subscribe(subscription, counting(calls)).await.unwrap();
+    }
+    let mut rig = rig;
+    rig.stop().await;
+    assert_eq!([&earliest, &second, &late].map(|calls| calls.load(Ordering::SeqCst)), [3, 2, 0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn concurrency_bounds_the_attempts_at_once() {
+    let rig = Rig::start().await;
+    let (now, most) = (calls(), calls());
+    let handler = {
+        let (now, most) = (Arc::clone(&now), Arc::clone(&most));
+        native(move |_| {
+            let (now, most) = (Arc::clone(&now), Arc::clone(&most));
+            async move {
+                most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                now.fetch_sub(1, Ordering::SeqCst);
+                Ok(())
+            }
+        })
+    };
+    let three = Subscription { concurrency: std::num::NonZeroU32::new(3), ..subscription("three", "*") };
+    rig.broker.subscribe(three, handler).await.unwrap();
+    for _ in 0..30 {
+        rig.broker.publish(event("a.b")).await.unwrap();
+    }
+    let mut rig = rig;
+    rig.stop().await;
+    assert_eq!(most.load(Ordering::SeqCst), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn rate_bounds_the_attempts_per_second() {
+    let rig = Rig::start().await;
+    let calls = calls();
+    let limited = Subscription { rate: std::num::NonZeroU32::new(10), ..subscription("limited", "*") };
+    rig.broker.subscribe(limited, counting(&calls)).await.unwrap();
+    let began = Instant::now();
+    for _ in 0..40 {
+        rig.broker.publish(event("a.b")).await.unwrap();
+    }
+    let last = event("a.b");
+    rig.handled(last).await;
+    let took = began.elapsed();
+    assert_eq!(calls.load(Ordering::SeqCst), 41);
+    assert!(took >= Duration::from_secs(3) && took < Duration::from_secs(5), "{took:?}");
+}
+
+/// BEHAVIOURS C4, and all-or-nothing batches.
+#[tokio::test(start_paused = true)]
+async fn a_batch_with_one_bad_event_stores_none() {
+    let rig = Rig::start().await;
+    let huge = Payload::json(&"x".repeat(2 << 20)).unwrap();
+    let batch = vec![event("a.b"), Event { payload: huge, ..event("a.b") }];
+    let error = rig.broker.publish_batch(batch).await.unwrap_err();
+    assert!(error.to_string().starts_with("[1].payload has 2097154 bytes"), "{error}");
+    assert!(matches!(error, Error::TooLarge { .. }));
+    assert_eq!(rig.broker.stats().await.unwrap().provider_stats.total_events, 0);
+    let good = rig.broker.publish_batch(vec![event("a.b"), event("a.c")]).await.unwrap();
+    assert_eq!(good.iter().map(|published| published.seq).collect::<Vec<_>>(), [1, 2]);
+}
+
+/// BEHAVIOURS C5.
+#[tokio::test(start_paused = true)]
+async fn in_sync_mode_publish_returns_when_the_handlers_are_done_and_keeps_the_callers_order() {
+    let rig = Rig::with(Options { mode: Mode::Sync, ..options() }, memory::Options::default()).await;
+    let order = Arc::new(Mutex::new(Vec::new()));
+    let handler = {
+        let order = Arc::clone(&order);
+        native(move |call: Call| {
+            let order = Arc::clone(&order);
+            async move {
+                order.lock().unwrap().push(call.event.seq.unwrap());
+                if call.event.event_type.as_str() == "bad" {
+                    return Err(Failure::Reject(Fault::new("bad", "no")));
+                }
+                Ok(())
+            }
+        })
+    };
+    rig.on("all", "*", handler).await;
+    for (event_type, status) in [("good", Status::Completed), ("bad", Status::Failed), ("good", Status::Completed)] {
+        assert_eq!(rig.broker.publish(event(event_type)).await.unwrap().status, status);
+    }
+    assert_eq!(*order.lock().unwrap(), [1, 2, 3]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_redriven_dead_letter_gets_a_fresh_budget() {
+    let rig = Rig::start().await;
+    let calls = calls();
+    rig.on("flaky", "*", failing(5, &calls)).await;
+    let dead = rig.handled(event("a.b")).await;
+    assert_eq!(dead.record.status, Status::Failed);
+    assert_eq!(rig.broker.redrive(DeadLetterFilter::default()).await.unwrap(), 1);
+    let id = dead.record.event.id.clone();
+    let again =
+        rig.broker.publish_sync(Event { id: id.clone(), ..event("a.b") }, Duration::from_secs(60)).await.unwrap();
+    assert_eq!(again.detail.record.status, Status::Completed);
+    let numbers: Vec<u32> = again.detail.deliveries[0].attempts.iter().map(|attempt| attempt.number).collect();
+    assert_eq!(numbers, [1, 2, 3, 4, 5, 6]);
+    assert_eq!(calls.load(Ordering::SeqCst), 6);
+}
+
+/// DESIGN §2.3: an attempt whose lease went to somebody else changes nothing.
+#[tokio::test(start_paused = true)]
+async fn a_settlement_after_its_lease_has_gone_is_refused_and_counted() {
+    let rig = Rig::start().await;
+    let (started, finish) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let handler = {
+        let (started, finish) = (Arc::clone(&started), Arc::clone(&finish));
+        native(move |_| {
+            let finish = Arc::clone(&finish);
+            started.notify_one();
+            async move {
+                finish.notified().await;
+                Ok(())
+            }
+        })
+    };
+    rig.on("slow", "*", handler).await;
+    let published = rig.broker.publish(event("a.b")).await.unwrap();
+    started.notified().await;
+    rig.broker.erase(published.id.as_str()).await.unwrap();
+    finish.notify_one();
+    let mut rig = rig;
+    rig.stop().await;
+    assert_eq!(rig.broker.stats().await.unwrap().stale_settlements, 1);
+    assert!(rig.provider.get(published.id.as_str()).await.unwrap().is_none());
+}

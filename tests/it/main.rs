@@ -1,0 +1,4 @@
+//! The one integration binary: what tidegate promises, seen from outside.
+
+mod broker;
+mod house;
