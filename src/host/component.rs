@@ -219,6 +219,18 @@ mod tests {
         wat::parse_str(text).unwrap()
     }
 
+    /// A guest as version 1.0.0 of the SDK and interface compiled it: it logs, replies with the event's id, and no more.
+    const GUEST_1_0: &[u8] = include_bytes!("../../tests/fixtures/guest-1.0.core.wasm");
+
+    #[test]
+    fn a_guest_compiled_for_the_first_interface_becomes_a_plugin_that_imports_only_what_it_uses() {
+        let component = componentise(GUEST_1_0).unwrap();
+        let interface = interface(&component).unwrap();
+        assert_eq!(interface.imports, ["tidegate:plugin/types@1.0.0", "tidegate:plugin/log@1.0.0"]);
+        assert_eq!(interface.exports, ["tidegate:plugin/handler@1.0.0"]);
+        assert_eq!(componentise(&component).unwrap(), component);
+    }
+
     #[test]
     fn only_the_top_level_is_the_interface() {
         let interface = interface(&component()).unwrap();
