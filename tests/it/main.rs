@@ -1,4 +1,6 @@
 //! The one integration binary: what tidegate promises, seen from outside.
 
 mod broker;
+mod crash;
 mod house;
+mod support;
