@@ -19,7 +19,7 @@ use crate::support;
 
 const EVENTS: usize = 200_000;
 
-pub fn run() {
+pub(crate) fn run() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     support::compare(
         "memory, native handler, publish → completed, one by one",

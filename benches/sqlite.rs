@@ -25,7 +25,7 @@ const SINGLES: usize = 8_000;
 const CALLERS: usize = 32;
 const PACED: usize = 150;
 
-pub fn run() {
+pub(crate) fn run() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     support::compare(
         "SQLite FULL, publish → claim → settle in batches, native handler",

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 /// What publishers tried, and what they were told.
 #[derive(Default)]
-pub struct History {
+pub(crate) struct History {
     told: Mutex<Told>,
 }
 
@@ -21,17 +21,17 @@ struct Told {
 
 impl History {
     /// Notes that an event of this id is about to be published.
-    pub fn attempting(&self, id: &str) {
+    pub(crate) fn attempting(&self, id: &str) {
         self.told.lock().unwrap().attempted.insert(id.to_owned());
     }
 
     /// Notes that the server acknowledged the event with this seq.
-    pub fn acknowledged(&self, id: &str, seq: u64) {
+    pub(crate) fn acknowledged(&self, id: &str, seq: u64) {
         self.told.lock().unwrap().acknowledged.insert(id.to_owned(), seq);
     }
 
     /// How many events were acknowledged.
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.told.lock().unwrap().acknowledged.len()
     }
 
@@ -39,7 +39,7 @@ impl History {
     ///
     /// Promises: an acknowledged event is there, with the seq that was told, and handled; what is there was published or
     /// caused by a handler; seqs are dense from 1; no delivery succeeded twice; times are in order.
-    pub fn violations(&self, log: &[Value], details: &BTreeMap<String, Value>) -> Vec<String> {
+    pub(crate) fn violations(&self, log: &[Value], details: &BTreeMap<String, Value>) -> Vec<String> {
         let told = self.told.lock().unwrap();
         let mut broken = Vec::new();
         let seqs: BTreeSet<u64> = log.iter().filter_map(|event| event["seq"].as_u64()).collect();

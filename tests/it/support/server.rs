@@ -14,45 +14,45 @@ use serde_json::Value;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running server.
-pub struct Server {
+pub(crate) struct Server {
     child: Child,
     log: PathBuf,
     /// Such as `http://127.0.0.1:40123`.
-    pub url: String,
+    pub(crate) url: String,
     client: reqwest::Client,
 }
 
 /// What a server answered.
 #[derive(Debug)]
-pub struct Answer {
+pub(crate) struct Answer {
     /// The HTTP status.
-    pub status: u16,
+    pub(crate) status: u16,
     /// The body, where it is JSON.
-    pub json: Value,
+    pub(crate) json: Value,
 }
 
 /// The folder with the plugins that `make plugins` builds.
-pub fn built_plugins() -> PathBuf {
+pub(crate) fn built_plugins() -> PathBuf {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/plugins");
     assert!(folder.join("faults.wasm").exists(), "{} is not built: run `make plugins` first", folder.display());
     folder
 }
 
 /// A port that nobody listens on.
-pub fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 impl Server {
     /// Starts a server with these arguments after `serve --listen …`, its log in `folder`, and waits until it is ready.
-    pub async fn start(folder: &Path, arguments: &[&str]) -> Self {
+    pub(crate) async fn start(folder: &Path, arguments: &[&str]) -> Self {
         let mut server = Self::spawn(folder, arguments);
         server.ready().await;
         server
     }
 
     /// Starts a server and does not wait.
-    pub fn spawn(folder: &Path, arguments: &[&str]) -> Self {
+    pub(crate) fn spawn(folder: &Path, arguments: &[&str]) -> Self {
         let listen = format!("127.0.0.1:{}", free_port());
         let log = folder.join("server.log");
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&log).unwrap();
@@ -70,7 +70,7 @@ impl Server {
     }
 
     /// Waits until `/readyz` says yes.
-    pub async fn ready(&mut self) {
+    pub(crate) async fn ready(&mut self) {
         let until = Instant::now() + PATIENCE;
         loop {
             let answer = self.client.get(format!("{}/readyz", self.url)).send().await;
@@ -84,42 +84,42 @@ impl Server {
     }
 
     /// What the server logged.
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         let mut text = String::new();
         std::fs::File::open(&self.log).unwrap().read_to_string(&mut text).unwrap();
         text
     }
 
     /// The server's process id.
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// SIGKILL: no handler runs, nothing is flushed.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
     /// SIGTERM, and the exit status.
-    pub fn stop(&mut self) -> std::process::ExitStatus {
+    pub(crate) fn stop(&mut self) -> std::process::ExitStatus {
         let sent = Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().unwrap();
         assert!(sent.success());
         self.child.wait().unwrap()
     }
 
     /// GETs a path.
-    pub async fn get(&self, path: &str) -> Answer {
+    pub(crate) async fn get(&self, path: &str) -> Answer {
         self.try_send(self.client.get(format!("{}{path}", self.url))).await.unwrap()
     }
 
     /// POSTs JSON.
-    pub async fn post(&self, path: &str, body: &Value) -> Answer {
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
         self.try_post(path, body).await.unwrap()
     }
 
     /// POSTs JSON to a server that may die meanwhile.
-    pub async fn try_post(&self, path: &str, body: &Value) -> reqwest::Result<Answer> {
+    pub(crate) async fn try_post(&self, path: &str, body: &Value) -> reqwest::Result<Answer> {
         self.try_send(self.client.post(format!("{}{path}", self.url)).json(body)).await
     }
 
@@ -131,7 +131,7 @@ impl Server {
     }
 
     /// Every event of the log, newest first, page by page.
-    pub async fn all_events(&self) -> Vec<Value> {
+    pub(crate) async fn all_events(&self) -> Vec<Value> {
         let (mut events, mut cursor) = (Vec::new(), String::new());
         loop {
             let page = self.get(&format!("/v1/events?limit=500{cursor}")).await;
