@@ -400,10 +400,10 @@ mod tests {
     fn folders_of_this_machine_are_kept_out_of_the_component() {
         let metadata = r#"{
             "packages": [
-                {"name": "serde", "id": "1", "source": "registry", "manifest_path": "/home/a b/src/serde-1/Cargo.toml", "targets": []},
-                {"name": "sample", "id": "2", "source": null, "manifest_path": "/work/sample/Cargo.toml", "targets": []}
+                {"name": "serde", "id": "1", "source": "registry", "manifest_path": "/home/a b/registry/serde-1/Cargo.toml", "targets": []},
+                {"name": "sample", "id": "2", "source": null, "manifest_path": "/src/sample/Cargo.toml", "targets": []}
             ],
-            "workspace_members": ["2"], "workspace_root": "/work", "target_directory": "/work/target"
+            "workspace_members": ["2"], "workspace_root": "/src", "target_directory": "/src/target"
         }"#;
         let setting = remapping(&Toolchain::Unknown, &serde_json::from_str(metadata).unwrap());
         let setting: toml::Table = toml::from_str(&setting).unwrap();
@@ -413,7 +413,7 @@ mod tests {
             .iter()
             .filter_map(toml::Value::as_str)
             .collect();
-        assert_eq!(flags, ["--remap-path-prefix=/home/a b/src=/deps", "--remap-path-prefix=/work=/plugin"]);
+        assert_eq!(flags, ["--remap-path-prefix=/home/a b/registry=/deps", "--remap-path-prefix=/src=/plugin"]);
     }
 
     #[test]
