@@ -229,7 +229,7 @@ impl Writer {
                     drop(job.answer.send(Ok(answer)));
                 }
             }
-            Err(_) if group.len() > 1 => {
+            Err(error) if group.len() > 1 && !is_busy(&error) => {
                 for job in group {
                     let answer = self.transact(&[&job.request]).await;
                     let answer = answer.map(|mut answers| answers.pop().unwrap_or(Answer::Close));
@@ -319,6 +319,12 @@ impl Writer {
 
 fn tick(wake: &watch::Sender<u64>) {
     wake.send_modify(|ticks| *ticks = ticks.wrapping_add(1));
+}
+
+/// Whether another process kept the file to itself for too long: then trying one by one would only take longer.
+fn is_busy(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code()).and_then(|code| code.parse::<u32>().ok());
+    code.is_some_and(|code| code & 0xff == 5)
 }
 
 /// The same words for one more caller.
