@@ -9,7 +9,7 @@ use sqlx::{AssertSqlSafe, Row as _};
 
 use super::row::{EVENT_COLUMNS, counter, delivery_id, event, seq_of, unsigned};
 use super::settle::End;
-use super::statement::Values;
+use super::statement::{Values, json_list};
 use super::writer::{Step, Tx, as_micros};
 use crate::event::micros;
 use crate::provider::{ClaimRequest, Claimed, Lease, LeaseKey, Want, rules};
@@ -19,7 +19,9 @@ const LOOK: Values = Values {
     head: "WITH v(at, subscription) AS (VALUES",
     columns: 2,
     tail: ") SELECT v.at, v.subscription, \
-           EXISTS (SELECT 1 FROM deliveries d WHERE d.subscription = v.subscription AND d.stage = 0), \
+           EXISTS (SELECT 1 FROM deliveries d WHERE d.subscription = v.subscription AND d.stage = 0 AND d.key IS NULL) \
+           OR EXISTS (SELECT 1 FROM deliveries d \
+                      WHERE d.subscription = v.subscription AND d.stage = 0 AND d.key IS NOT NULL), \
            (SELECT min(d.due) FROM deliveries d WHERE d.subscription = v.subscription AND d.stage = 1), \
            (SELECT min(d.lease_end) FROM deliveries d WHERE d.subscription = v.subscription AND d.stage = 2) FROM v",
 };
@@ -41,6 +43,27 @@ const RENEW: Values = Values {
     tail: ") UPDATE deliveries SET lease_end = v.lease_end FROM v \
            WHERE deliveries.id = v.id AND deliveries.stage = 2 AND deliveries.token = v.token RETURNING id, deliveries.token",
 };
+
+/// The ready heads of all keys of a subscription.
+const KEY_BY_KEY: &str = "WITH RECURSIVE k(key) AS (\
+    SELECT min(key) FROM deliveries WHERE subscription = ?1 AND key IS NOT NULL AND stage < 3 UNION ALL \
+    SELECT (SELECT min(key) FROM deliveries WHERE subscription = ?1 AND key > k.key AND key IS NOT NULL AND stage < 3) \
+    FROM k WHERE k.key IS NOT NULL) \
+    SELECT d.id FROM k JOIN deliveries d ON d.id = (SELECT min(h.id) FROM deliveries h \
+    WHERE h.subscription = ?1 AND h.key = k.key AND h.key IS NOT NULL AND h.stage < 3) \
+    WHERE d.stage = 0 ORDER BY d.id LIMIT ?2";
+
+/// A query for deliveries whose ids `ids` gives, oldest first, with their events.
+fn with_events(ids: &str) -> String {
+    format!(
+        "SELECT d.id, d.tries, d.infra, d.number, d.replay, d.started_at IS NULL, {EVENT_COLUMNS} FROM ({ids}) r \
+         CROSS JOIN deliveries d ON d.id = r.id CROSS JOIN events e ON e.seq = d.id >> 20 ORDER BY d.id"
+    )
+}
+
+fn as_limit(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
 
 /// The columns before the event's.
 const OWN_COLUMNS: usize = 6;
@@ -138,22 +161,10 @@ impl Tx<'_> {
     }
 
     async fn take(&mut self, subscription: i64, want: &Want, begun: &mut BTreeMap<i64, i64>) -> Step<Vec<Lease>> {
-        let room = i64::try_from(want.room).unwrap_or(i64::MAX);
-        let turn = match want.ordering {
-            Ordering::None => "",
-            Ordering::Key => {
-                "AND (d.key IS NULL OR NOT EXISTS (SELECT 1 FROM deliveries h INDEXED BY deliveries_keyed \
-                 WHERE h.subscription = d.subscription AND h.key = d.key AND h.key IS NOT NULL AND h.stage < 3 \
-                 AND h.id < d.id))"
-            }
+        let rows = match want.ordering {
+            Ordering::None => self.oldest(subscription, want.room).await?,
+            Ordering::Key => self.heads(subscription, want.room).await?,
         };
-        let text = format!(
-            "SELECT d.id, d.tries, d.infra, d.number, d.replay, d.started_at IS NULL, {EVENT_COLUMNS} \
-             FROM deliveries d INDEXED BY deliveries_ready JOIN events e ON e.seq = d.id >> 20 \
-             WHERE d.subscription = ? AND d.stage = 0 {turn} ORDER BY d.id LIMIT ?"
-        );
-        let query = sqlx::query(AssertSqlSafe(text)).bind(subscription).bind(room);
-        let rows = query.fetch_all(&mut *self.connection).await?;
         let mut leases = Vec::with_capacity(rows.len());
         for row in &rows {
             let id: i64 = row.try_get(0)?;
@@ -177,6 +188,55 @@ impl Tx<'_> {
             });
         }
         Ok(leases)
+    }
+
+    /// The oldest ready deliveries with their events.
+    async fn oldest(&mut self, subscription: i64, room: usize) -> Step<Vec<SqliteRow>> {
+        let text = with_events(
+            "SELECT id FROM (SELECT id FROM deliveries WHERE subscription = ?1 AND stage = 0 AND key IS NULL \
+             ORDER BY id LIMIT ?2) UNION ALL SELECT id FROM (SELECT id FROM deliveries \
+             WHERE subscription = ?1 AND stage = 0 AND key IS NOT NULL ORDER BY id LIMIT ?2) ORDER BY id LIMIT ?2",
+        );
+        let query = sqlx::query(AssertSqlSafe(text)).bind(subscription).bind(as_limit(room));
+        Ok(query.fetch_all(&mut *self.connection).await?)
+    }
+
+    /// The oldest ready deliveries that have no key, or whose key has no earlier open one, with their events.
+    async fn heads(&mut self, subscription: i64, room: usize) -> Step<Vec<SqliteRow>> {
+        let plain =
+            "SELECT id FROM deliveries WHERE subscription = ?1 AND stage = 0 AND key IS NULL ORDER BY id LIMIT ?2";
+        let mut ids = self.ids(plain, subscription, room).await?;
+        let few =
+            "SELECT id FROM deliveries WHERE subscription = ?1 AND stage = 0 AND key IS NOT NULL ORDER BY id LIMIT ?2";
+        let bound = room.saturating_mul(2).saturating_add(64);
+        let ready = self.ids(few, subscription, bound).await?;
+        let mut heads = self.heads_among(&ready).await?;
+        if heads.len() < room && ready.len() == bound {
+            // Most of what is ready waits for its key: then it is cheaper to go from key to key.
+            heads = self.ids(KEY_BY_KEY, subscription, usize::MAX).await?;
+        }
+        ids.append(&mut heads);
+        ids.sort_unstable();
+        ids.truncate(room);
+        let text = with_events("SELECT value AS id FROM json_each(?1)");
+        Ok(sqlx::query(AssertSqlSafe(text)).bind(json_list(ids)).fetch_all(&mut *self.connection).await?)
+    }
+
+    async fn ids(&mut self, text: &'static str, subscription: i64, limit: usize) -> Step<Vec<i64>> {
+        let query = sqlx::query_scalar(text).bind(subscription).bind(as_limit(limit));
+        Ok(query.fetch_all(&mut *self.connection).await?)
+    }
+
+    /// Those of these deliveries that no earlier open one of their key stands before.
+    async fn heads_among(&mut self, ready: &[i64]) -> Step<Vec<i64>> {
+        if ready.is_empty() {
+            return Ok(Vec::new());
+        }
+        let text = "SELECT d.id FROM json_each(?) j JOIN deliveries d ON d.id = j.value WHERE NOT EXISTS \
+            (SELECT 1 FROM deliveries h INDEXED BY deliveries_keyed WHERE h.subscription = d.subscription \
+             AND h.key = d.key AND h.key IS NOT NULL AND h.stage < 3 AND h.id < d.id)";
+        let query = sqlx::query_scalar(text).bind(json_list(ready.iter().copied()));
+        Ok(query.fetch_all(&mut *self.connection).await?)
     }
 
     async fn lease(&mut self, request: &ClaimRequest, wants: &[(i64, i64)], leases: &[Lease]) -> Step<()> {

@@ -58,7 +58,7 @@ impl Tx<'_> {
 
     async fn replay(&mut self, replay: &Replay) -> Step<u64> {
         let subscription = self.subscription(&replay.subscription).await?;
-        let types = read::types(self.connection, &replay.pattern).await?;
+        let types = read::as_json(&read::types(self.connection, &replay.pattern).await?)?;
         let mut query = QueryBuilder::<Sqlite>::new("SELECT e.seq, d.id FROM events e LEFT JOIN deliveries d");
         query.push(" ON d.id = (e.seq << 20) | ").push_bind(subscription);
         query.push(" WHERE e.type IN (SELECT value FROM json_each(").push_bind(types);
@@ -90,7 +90,8 @@ impl Tx<'_> {
 
     async fn cancel(&mut self, name: &std::sync::Arc<str>) -> Step<u64> {
         let subscription = self.subscription(name).await?;
-        let open = "SELECT id FROM deliveries WHERE subscription = ?1 AND stage = 0 \
+        let open = "SELECT id FROM deliveries WHERE subscription = ?1 AND stage = 0 AND key IS NULL \
+            UNION ALL SELECT id FROM deliveries WHERE subscription = ?1 AND stage = 0 AND key IS NOT NULL \
             UNION ALL SELECT id FROM deliveries WHERE subscription = ?1 AND stage = 1 \
             UNION ALL SELECT id FROM deliveries WHERE subscription = ?1 AND stage = 2";
         let open: Vec<i64> = sqlx::query_scalar(open).bind(subscription).fetch_all(&mut *self.connection).await?;

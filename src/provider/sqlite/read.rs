@@ -77,22 +77,23 @@ pub(super) async fn get(pool: &SqlitePool, id: &str) -> sqlx::Result<Option<Even
     Ok(Some(EventDetail { record: EventRecord::derive(Arc::new(event), &deliveries), deliveries }))
 }
 
-/// The stored types that a pattern matches, as JSON.
-pub(super) async fn types(connection: &mut SqliteConnection, pattern: &Pattern) -> sqlx::Result<String> {
+/// A list of texts as one JSON parameter.
+pub(super) fn as_json(texts: &[String]) -> sqlx::Result<String> {
+    serde_json::to_string(texts).map_err(|error| sqlx::Error::Encode(error.into()))
+}
+
+/// The stored types that a pattern matches.
+pub(super) async fn types(connection: &mut SqliteConnection, pattern: &Pattern) -> sqlx::Result<Vec<String>> {
     let text = "WITH RECURSIVE t(type) AS (SELECT min(type) FROM events WHERE type IS NOT NULL UNION ALL \
                 SELECT (SELECT min(type) FROM events WHERE type IS NOT NULL AND type > t.type) FROM t \
                 WHERE t.type IS NOT NULL) SELECT type FROM t WHERE type IS NOT NULL";
     let types: Vec<String> = sqlx::query_scalar(text).fetch_all(connection).await?;
     let meant = |text: &String| EventType::parse(text).is_ok_and(|event_type| pattern.matches(&event_type));
-    let meant: Vec<String> = types.into_iter().filter(meant).collect();
-    serde_json::to_string(&meant).map_err(|error| sqlx::Error::Encode(error.into()))
+    Ok(types.into_iter().filter(meant).collect())
 }
 
-fn event_conditions(query: &mut QueryBuilder<Sqlite>, filter: &EventFilter, types: Option<&str>) {
+fn event_conditions(query: &mut QueryBuilder<Sqlite>, filter: &EventFilter) {
     query.push(" WHERE e.type IS NOT NULL");
-    if let Some(types) = types {
-        query.push(" AND e.type IN (SELECT value FROM json_each(").push_bind(types).push("))");
-    }
     if let Some(source) = filter.source {
         let at = Source::ALL.iter().position(|&one| one == source).unwrap_or(0);
         query.push(" AND e.source = ").push_bind(at as i64);
@@ -131,6 +132,51 @@ fn event_conditions(query: &mut QueryBuilder<Sqlite>, filter: &EventFilter, type
     };
 }
 
+/// How many types are looked up one by one. Beyond, what is newest is read and sifted.
+const FEW_TYPES: usize = 64;
+
+/// A query for the seqs that are meant, newest first.
+fn push_seqs(query: &mut QueryBuilder<Sqlite>, filter: &EventFilter, event_type: Option<&str>, limit: i64) {
+    let is_in_progress = filter.status.is_some_and(|status| status != Status::Completed);
+    query.push("SELECT e.seq FROM ");
+    query.push(if is_in_progress { "progress p CROSS JOIN events e ON e.seq = p.seq" } else { "events e" });
+    event_conditions(query, filter);
+    if let Some(event_type) = event_type {
+        query.push(" AND e.type = ").push_bind(event_type);
+    }
+    query.push(if is_in_progress { " ORDER BY p.seq" } else { " ORDER BY e.seq" });
+    query.push(" DESC LIMIT ").push_bind(limit);
+}
+
+/// The query for a page. Each of a few types has its own newest events, which the index finds at once.
+fn page_query(filter: &EventFilter, types: Option<&[String]>, limit: i64) -> QueryBuilder<Sqlite> {
+    let mut query = QueryBuilder::new("SELECT ");
+    query.push(EVENT_COLUMNS).push(" FROM events e WHERE e.seq IN (");
+    match types {
+        None => push_seqs(&mut query, filter, None, limit),
+        Some([]) => drop(query.push("NULL")),
+        Some(types) => {
+            for (at, event_type) in types.iter().enumerate() {
+                query.push(if at == 0 { "SELECT seq FROM (" } else { ") UNION ALL SELECT seq FROM (" });
+                push_seqs(&mut query, filter, Some(event_type), limit);
+            }
+            query.push(")");
+        }
+    }
+    query.push(") ORDER BY e.seq DESC LIMIT ").push_bind(limit);
+    query
+}
+
+fn many_types_query(filter: &EventFilter, types: &[String], limit: i64) -> sqlx::Result<QueryBuilder<Sqlite>> {
+    let mut query = QueryBuilder::new("SELECT ");
+    query.push(EVENT_COLUMNS).push(" FROM events e LEFT JOIN progress p ON p.seq = e.seq");
+    event_conditions(&mut query, filter);
+    // The plus keeps the index on types out of it.
+    query.push(" AND +e.type IN (SELECT value FROM json_each(").push_bind(as_json(types)?);
+    query.push(")) ORDER BY e.seq DESC LIMIT ").push_bind(limit);
+    Ok(query)
+}
+
 /// A page of events, newest first.
 pub(super) async fn list(pool: &SqlitePool, filter: &EventFilter) -> sqlx::Result<EventPage> {
     let mut tx = pool.begin().await?;
@@ -138,14 +184,12 @@ pub(super) async fn list(pool: &SqlitePool, filter: &EventFilter) -> sqlx::Resul
         Some(pattern) => Some(types(&mut tx, pattern).await?),
         None => None,
     };
-    let mut query = QueryBuilder::new("SELECT ");
-    query.push(EVENT_COLUMNS).push(" FROM events e");
-    if filter.status.is_some_and(|status| status != Status::Completed) {
-        query.push(" JOIN progress p ON p.seq = e.seq");
-    }
-    event_conditions(&mut query, filter, types.as_deref());
     let bound = rules::bound(filter.limit);
-    query.push(" ORDER BY e.seq DESC LIMIT ").push_bind(signed(bound.saturating_add(1) as u64));
+    let limit = signed(bound.saturating_add(1) as u64);
+    let mut query = match types {
+        Some(types) if types.len() > FEW_TYPES => many_types_query(filter, &types, limit)?,
+        types => page_query(filter, types.as_deref(), limit),
+    };
     let rows = query.build().fetch_all(&mut *tx).await?;
     let events: Vec<Event> = rows.iter().take(bound).map(|row| event(row, 0)).collect::<sqlx::Result<_>>()?;
     let seqs: Vec<Seq> = events.iter().filter_map(|event| event.seq).collect();
@@ -173,7 +217,7 @@ pub(super) async fn dead_ids(
          JOIN events e ON e.seq = d.id >> 20 WHERE d.stage = 4",
     );
     if let Some(types) = &types {
-        query.push(" AND e.type IN (SELECT value FROM json_each(").push_bind(&**types).push("))");
+        query.push(" AND e.type IN (SELECT value FROM json_each(").push_bind(as_json(types)?).push("))");
     }
     if let Some(subscription) = &filter.subscription {
         query.push(" AND s.name = ").push_bind(&**subscription);
@@ -232,7 +276,8 @@ pub(super) async fn stats(pool: &SqlitePool) -> sqlx::Result<ProviderStats> {
     let text = "SELECT h.head, h.pruned, h.total, \
         (SELECT count(*) FROM progress WHERE status = 0), (SELECT count(*) FROM progress WHERE status = 1), \
         (SELECT count(*) FROM progress WHERE status = 3), \
-        (SELECT count(*) FROM deliveries WHERE stage = 0) + (SELECT count(*) FROM deliveries WHERE stage = 1), \
+        (SELECT count(*) FROM deliveries WHERE stage = 0 AND key IS NULL) \
+        + (SELECT count(*) FROM deliveries WHERE stage = 0 AND key IS NOT NULL) + (SELECT count(*) FROM deliveries WHERE stage = 1), \
         (SELECT count(*) FROM deliveries WHERE stage = 2), (SELECT count(*) FROM deliveries WHERE stage = 4) \
         FROM head h";
     let row = sqlx::query(text).fetch_one(pool).await?;

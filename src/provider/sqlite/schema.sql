@@ -62,7 +62,8 @@ CREATE TABLE deliveries (
     verdict TEXT,
     last TEXT                           -- the last attempt; earlier ones stand in attempts
 );
-CREATE INDEX deliveries_ready ON deliveries (subscription) WHERE stage = 0;
+CREATE INDEX deliveries_ready ON deliveries (subscription) WHERE stage = 0 AND key IS NULL;
+CREATE INDEX deliveries_ready_keyed ON deliveries (subscription) WHERE stage = 0 AND key IS NOT NULL;
 CREATE INDEX deliveries_waiting ON deliveries (subscription, due) WHERE stage = 1;
 CREATE INDEX deliveries_leased ON deliveries (subscription, lease_end) WHERE stage = 2;
 CREATE INDEX deliveries_failed ON deliveries (id >> 20) WHERE stage = 4;

@@ -230,3 +230,53 @@ async fn a_long_prune_counts_all_its_steps() {
     assert_eq!(provider.prune(&retention).await.unwrap(), 1_103);
     assert_eq!(provider.read(0, 1).await.unwrap().floor, 1_104);
 }
+
+/// However much of what is ready waits for one key, the heads of others are found.
+#[tokio::test]
+async fn a_long_line_behind_one_key_hides_nobody() {
+    let file = File::new();
+    let provider = file.provider().await;
+    let mut batch = appends(400);
+    for (at, append) in batch.iter_mut().enumerate() {
+        append.event.key = match at {
+            0..397 => Some("hot".into()),
+            397 => None,
+            _ => Some("cold".into()),
+        };
+    }
+    provider.append(batch).await.unwrap();
+    let want = Want { subscription: "s".into(), room: 3, ordering: Turn::Key };
+    let request = ClaimRequest { worker: "w".into(), lease: Duration::from_secs(30), wants: vec![want] };
+    let leases = provider.claim(&request).await.unwrap().leases;
+    let seqs: Vec<Seq> = leases.iter().map(|lease| lease.key.seq).collect();
+    assert_eq!(seqs, [1, 398, 399]);
+    assert!(provider.claim(&request).await.unwrap().leases.is_empty());
+}
+
+/// Beyond a few types, lists are read another way.
+#[tokio::test]
+async fn a_pattern_of_many_types_lists_as_one_of_few_does() {
+    let file = File::new();
+    let provider = file.provider().await;
+    let mut batch = appends(300);
+    for (at, append) in batch.iter_mut().enumerate() {
+        append.event.event_type = format!("{}.t{}", ["a", "b"][at % 2], at / 2).parse().unwrap();
+    }
+    provider.append(batch).await.unwrap();
+    let leases = claim(&provider, 2).await;
+    assert_eq!(leases.len(), 2);
+    for (pattern, status, expected) in [
+        ("a.*", None, vec![299, 297, 295]),
+        ("a.t{1,2}", None, vec![5, 3]),
+        ("a.*", Some(crate::delivery::Status::Processing), vec![1]),
+        ("a.t?", Some(crate::delivery::Status::Pending), vec![19, 17, 15]),
+        ("*.*", Some(crate::delivery::Status::Completed), vec![]),
+    ] {
+        let pattern = Some(pattern.parse().unwrap());
+        let filter = EventFilter { pattern, status, limit: 3, ..EventFilter::default() };
+        let page = provider.list(&filter).await.unwrap();
+        let seqs: Vec<Seq> = page.records.iter().map(|record| record.event.seq.unwrap()).collect();
+        assert_eq!(seqs, expected, "{filter:?}");
+        assert_eq!(page.next.is_some(), expected.len() == 3);
+    }
+}
