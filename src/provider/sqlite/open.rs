@@ -38,7 +38,7 @@ pub(super) async fn open(options: &Options) -> Result<Opened> {
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full)
         .busy_timeout(BUSY)
-        .pragma("cache_size", "-65536")
+        .pragma("cache_size", "-32768")
         .pragma("wal_autocheckpoint", "4000")
         .statement_cache_capacity(200)
         .disable_statement_logging();

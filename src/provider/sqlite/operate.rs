@@ -107,12 +107,15 @@ impl Tx<'_> {
             session_id = NULL, instance_id = NULL, schema = NULL, entity = NULL, operation = NULL, metadata = NULL, \
             trace_parent = NULL, caused_by = NULL, content_type = NULL, payload = NULL \
             WHERE id = ? AND type IS NOT NULL RETURNING seq";
+        // What is freed is overwritten too, not only forgotten.
+        sqlx::query("PRAGMA secure_delete = ON").execute(&mut *self.connection).await?;
         let seq: Option<i64> = sqlx::query_scalar(blank).bind(id).fetch_optional(&mut *self.connection).await?;
-        let Some(seq) = seq else { return Ok(0) };
-        let seqs = json_list([seq]);
-        self.drop_deliveries(&seqs).await?;
-        sqlx::query("UPDATE head SET total = total - 1").execute(&mut *self.connection).await?;
-        Ok(1)
+        if let Some(seq) = seq {
+            self.drop_deliveries(&json_list([seq])).await?;
+            sqlx::query("UPDATE head SET total = total - 1").execute(&mut *self.connection).await?;
+        }
+        sqlx::query("PRAGMA secure_delete = OFF").execute(&mut *self.connection).await?;
+        Ok(u64::from(seq.is_some()))
     }
 
     async fn drop_deliveries(&mut self, seqs: &str) -> Step<()> {

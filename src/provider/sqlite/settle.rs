@@ -149,9 +149,12 @@ impl Tx<'_> {
         }
         let (places, ends): (Vec<usize>, Vec<End>) = ends.into_iter().unzip();
         let open = self.end(&ends).await?;
-        for (at, end) in places.into_iter().zip(&ends) {
+        let mut closed = HashSet::new();
+        for (at, end) in places.into_iter().zip(&ends).rev() {
+            // Of an event's ends in one batch, the last is the one that closed it.
+            let event_open = open.contains(&end.seq()) || !closed.insert(end.seq());
             if let Some(answer) = answers.get_mut(at) {
-                *answer = Settled::Done { event_open: open.contains(&end.seq()) };
+                *answer = Settled::Done { event_open };
             }
         }
         if !published.is_empty() {

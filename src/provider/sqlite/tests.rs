@@ -280,3 +280,18 @@ async fn a_pattern_of_many_types_lists_as_one_of_few_does() {
         assert_eq!(page.next.is_some(), expected.len() == 3);
     }
 }
+
+/// An erased event's content is gone from the file, not only from the tables.
+#[tokio::test]
+async fn nothing_of_an_erased_event_is_left_in_the_file() {
+    let file = File::new();
+    let provider = file.provider().await;
+    let mut batch = appends(3);
+    batch[1].event.payload = Payload::json_text(format!("\"{}\"", "SECRET".repeat(3_000))).unwrap();
+    let id = batch[1].event.id.to_string();
+    provider.append(batch).await.unwrap();
+    assert_eq!(provider.amend(Amendment::Erase { id }).await.unwrap(), 1);
+    provider.close().await.unwrap();
+    let bytes = std::fs::read(file.folder.path().join("t.db")).unwrap();
+    assert!(!bytes.windows(6).any(|window| window == b"SECRET"));
+}

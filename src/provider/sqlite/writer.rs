@@ -175,13 +175,14 @@ impl Writer {
         let mut next_look = Instant::now() + self.poll;
         let mut closing = None;
         while closing.is_none() {
+            if Instant::now() >= next_look {
+                self.look_around().await;
+                next_look = Instant::now() + self.poll;
+            }
             match tokio::time::timeout_at(next_look, jobs.recv()).await {
                 Ok(None) => break,
                 Ok(Some(job)) => closing = self.group(job, &mut jobs).await,
-                Err(_) => {
-                    self.look_around().await;
-                    next_look = Instant::now() + self.poll;
-                }
+                Err(_) => {}
             }
         }
         jobs.close();
