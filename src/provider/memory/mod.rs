@@ -280,7 +280,7 @@ mod tests {
             }
         }
 
-        conformance_tests!(Memory(Arc::new(AtomicI64::new(crate::event::now().as_microsecond()))));
+        conformance_tests!(Memory(Arc::new(AtomicI64::new(crate::event::now().as_microsecond() + 60_000_000))));
     }
     use crate::delivery::{Attempt, Next, Trace, Verdict};
     use crate::event::{Event, EventType, Payload, Source};
