@@ -145,13 +145,24 @@ impl Error {
     }
 }
 
-/// `value` in double quotes, escaped, and cut after [`QUOTED`] characters with a mark.
+/// `value` in double quotes, escaped, and cut after 80 characters with a mark.
 #[must_use]
 pub fn quote(value: &str) -> String {
     match value.char_indices().nth(QUOTED) {
         None => format!("{value:?}"),
         Some((end, _)) => format!("{:?}…", value.get(..end).unwrap_or_default()),
     }
+}
+
+/// The one of `known` that `given` was probably meant to be, or `None` when nothing is near.
+#[must_use]
+pub fn nearest<'a>(given: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .into_iter()
+        .map(|name| (strsim::damerau_levenshtein(given, name), name))
+        .filter(|&(distance, name)| distance <= 1 + name.chars().count() / 4)
+        .min_by_key(|&(distance, _)| distance)
+        .map(|(_, name)| name)
 }
 
 #[cfg(test)]
@@ -170,5 +181,14 @@ mod tests {
     #[test]
     fn control_characters_in_a_value_are_escaped() {
         assert_eq!(quote("a\nb\u{0}"), "\"a\\nb\\0\"");
+    }
+
+    #[test]
+    fn only_a_near_name_is_suggested() {
+        let known = ["worker_count", "buffer_size", "mode"];
+        assert_eq!(nearest("worker_cuont", known), Some("worker_count"));
+        assert_eq!(nearest("workers", known), None);
+        assert_eq!(nearest("mod", known), Some("mode"));
+        assert_eq!(nearest("x", []), None);
     }
 }

@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod provider;
 pub mod broker;
 pub mod host;
+pub mod http;
 pub mod cli;
 
 pub use broker::{Answer, Broker, Published};

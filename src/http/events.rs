@@ -1,0 +1,158 @@
+//! `/v1/events`: publishing, listing, reading, erasing.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Path, RawQuery, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse as _, Response};
+use bytes::Bytes;
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use super::app::App;
+use super::input::Defaults;
+use super::problem::Problem;
+use super::query::Query;
+use super::{body, cloudevents, input};
+use crate::broker::EventFilter;
+use crate::delivery::{EventDetail, EventRecord, Status};
+use crate::event::{Event, JSON, Source, UserId};
+use crate::pattern::Pattern;
+
+/// What a request to publish holds.
+enum Sent {
+    One(Event),
+    Batch(Vec<Event>),
+}
+
+/// `POST /v1/events`.
+pub(super) async fn publish(
+    State(app): State<App>,
+    RawQuery(raw): RawQuery,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Problem> {
+    let broker = app.broker()?;
+    let wait = wait(&Query::parse(raw.as_deref(), &["wait"])?, app.options.max_wait)?;
+    let bytes = body::read(body, app.options.max_body.as_u64(), app.options.body_timeout).await?;
+    let defaults = Defaults {
+        instance_id: broker.options().instance_id.as_str().into(),
+        trace_parent: input::trace_parent_of(&headers),
+        max_payload: broker.options().max_payload,
+    };
+    let accepted = StatusCode::ACCEPTED;
+    match (sent(&headers, bytes, &defaults)?, wait) {
+        (Sent::One(event), None) => Ok((accepted, Json(broker.publish(event).await?)).into_response()),
+        (Sent::One(event), Some(wait)) => Ok(Json(broker.publish_sync(event, wait).await?.detail).into_response()),
+        (Sent::Batch(events), None) => Ok((accepted, Json(broker.publish_batch(events).await?)).into_response()),
+        (Sent::Batch(_), Some(_)) => Err(Problem::malformed("wait: a batch cannot be waited for, publish one event")),
+    }
+}
+
+fn wait(query: &Query, longest: Duration) -> Result<Option<Duration>, Problem> {
+    let wait = query.duration("wait")?;
+    match query.text("wait").filter(|_| wait.is_some_and(|wait| wait > longest)) {
+        Some(text) => Err(Problem::query("wait", text, format!("must be at most {longest:?}"))),
+        None => Ok(wait),
+    }
+}
+
+/// Which of the forms this is, and what it holds.
+fn sent(headers: &HeaderMap, bytes: Bytes, defaults: &Defaults) -> Result<Sent, Problem> {
+    if cloudevents::is_binary(headers) {
+        return Ok(Sent::One(cloudevents::binary(headers, bytes, defaults)?));
+    }
+    match body::media_type(headers)?.as_deref() {
+        Some(JSON) => read(&bytes, input::event, defaults),
+        Some(cloudevents::STRUCTURED | cloudevents::BATCH) => read(&bytes, cloudevents::structured, defaults),
+        Some(other) => Err(body::unsupported(format!(
+            "content-type {other} is not served here: send application/json, application/cloudevents+json or \
+             application/cloudevents-batch+json"
+        ))),
+        None => Err(body::unsupported("content-type is missing: send application/json")),
+    }
+}
+
+/// One event from an object, several from an array.
+fn read(
+    bytes: &[u8],
+    parse: impl Fn(&RawValue, &str, &Defaults) -> crate::Result<Event>,
+    defaults: &Defaults,
+) -> Result<Sent, Problem> {
+    let whole: &RawValue = body::json(bytes)?;
+    if !whole.get().starts_with('[') {
+        return Ok(Sent::One(parse(whole, "", defaults)?));
+    }
+    let entries: Vec<&RawValue> = body::json(whole.get().as_bytes())?;
+    let events = entries
+        .iter()
+        .enumerate()
+        .map(|(index, raw)| parse(raw, &format!("[{index}]"), defaults).map_err(|error| input::at(index, error)));
+    Ok(Sent::Batch(events.collect::<crate::Result<_>>()?))
+}
+
+#[derive(Serialize)]
+pub(super) struct Page {
+    events: Vec<EventRecord>,
+    next_cursor: Option<String>,
+}
+
+/// What `GET /v1/events` filters by.
+const FILTERS: [&str; 12] = [
+    "type",
+    "source",
+    "status",
+    "user_id",
+    "schema",
+    "entity",
+    "operation",
+    "instance_id",
+    "from",
+    "to",
+    "limit",
+    "cursor",
+];
+
+/// `GET /v1/events`.
+pub(super) async fn list(State(app): State<App>, RawQuery(raw): RawQuery) -> Result<Json<Page>, Problem> {
+    let query = Query::parse(raw.as_deref(), &FILTERS)?;
+    let page = app.broker()?.events(&filter(&query)?).await?;
+    Ok(Json(Page { events: page.records, next_cursor: page.next.map(|seq| seq.to_string()) }))
+}
+
+fn filter(query: &Query) -> Result<EventFilter, Problem> {
+    Ok(EventFilter {
+        pattern: query.parsed("type", Pattern::parse)?,
+        source: query.parsed("source", Source::parse)?,
+        status: query.parsed("status", Status::parse)?,
+        user_id: query.text("user_id").map(user_id),
+        schema: query.owned("schema"),
+        entity: query.owned("entity"),
+        operation: query.owned("operation"),
+        instance_id: query.owned("instance_id"),
+        from: query.instant("from")?,
+        to: query.instant("to")?,
+        before: query.parsed("cursor", |text| {
+            text.parse().map_err(|_| "is no cursor: pass what an earlier page gave as next_cursor")
+        })?,
+        limit: query.limit()?,
+    })
+}
+
+/// A query has no types: what reads as an integer is one.
+fn user_id(text: &str) -> UserId {
+    text.parse().map_or_else(|_| UserId::Text(text.into()), UserId::Number)
+}
+
+/// `GET /v1/events/{id}`.
+pub(super) async fn get(State(app): State<App>, Path(id): Path<String>) -> Result<Json<EventDetail>, Problem> {
+    Ok(Json(app.broker()?.event(&id).await?))
+}
+
+/// `DELETE /v1/events/{id}`.
+pub(super) async fn erase(State(app): State<App>, Path(id): Path<String>) -> Result<StatusCode, Problem> {
+    app.broker()?.erase(&id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

@@ -1,0 +1,64 @@
+//! `POST /v1/replays`: a stretch of the log, delivered again.
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use jiff::Timestamp;
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
+
+use super::app::App;
+use super::body::{self, Members};
+use super::problem::Problem;
+use crate::broker::Replay;
+use crate::error::{Error, Result};
+use crate::pattern::Pattern;
+
+/// `POST /v1/replays`.
+pub(super) async fn start(State(app): State<App>, headers: HeaderMap, body: Body) -> Result<Json<Value>, Problem> {
+    body::require_json(&headers)?;
+    let bytes = body::read(body, body::SMALL, app.options.body_timeout).await?;
+    let replay = wanted(body::json(&bytes)?)?;
+    let dry_run = replay.dry_run;
+    let deliveries = app.broker()?.replay(replay).await?;
+    Ok(Json(json!({"deliveries": deliveries, "dry_run": dry_run})))
+}
+
+fn wanted(raw: &RawValue) -> Result<Replay> {
+    let members = Members::of(raw, "")?;
+    members.only(&["subscription", "pattern", "from_seq", "to_seq", "from", "to", "dry_run"])?;
+    let subscription = members.text("subscription")?;
+    let pattern = members.text("pattern")?;
+    Ok(Replay {
+        subscription: subscription.ok_or_else(|| Error::invalid("subscription", "", "is required"))?.into(),
+        pattern: Pattern::parse(pattern.as_deref().unwrap_or("*"))?,
+        from_seq: members.read("from_seq", "a seq")?,
+        to_seq: members.read("to_seq", "a seq")?,
+        from: members.read::<Timestamp>("from", "an RFC 3339 instant")?,
+        to: members.read::<Timestamp>("to", "an RFC 3339 instant")?,
+        missing_only: false,
+        dry_run: members.read("dry_run", "true or false")?.unwrap_or_default(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replay_names_its_subscription() {
+        let read = |text: &str| wanted(&RawValue::from_string(text.to_owned()).unwrap());
+        let replay = read(r#"{"subscription":"a","from_seq":3,"dry_run":true}"#).unwrap();
+        assert_eq!((replay.from_seq, replay.dry_run, replay.pattern.as_str()), (Some(3), true, "*"));
+        for (text, words) in [
+            ("{}", "subscription: is required"),
+            (r#"{"subscription":"a","from_seq":-1}"#, "from_seq: must be a seq"),
+            (r#"{"subscription":"a","pattern":"a..b"}"#, "pattern: a segment cannot be empty"),
+            (r#"{"subscription":"a","form":"2026-01-01T00:00:00Z"}"#, "did you mean from?"),
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains(words), "{text}: {error}");
+        }
+    }
+}
