@@ -93,10 +93,10 @@ fn check_format(bytes: &[u8]) -> Result<(), String> {
 fn damaged(bytes: &[u8], error: ComponentError) -> String {
     match error {
         // wasmparser asks for more bytes exactly where they end too soon.
-        ComponentError::Malformed(error) if error.message().contains("unexpected end") => {
+        ComponentError::Damaged(error) if error.message().contains("unexpected end") => {
             format!("is cut short: a section goes on after its last byte, {}", bytes.len())
         }
-        ComponentError::Malformed(error) => format!("is damaged at byte {}: {}", error.offset(), error.message()),
+        ComponentError::Damaged(error) => format!("is damaged at byte {}: {}", error.offset(), error.message()),
         other => other.to_string(),
     }
 }

@@ -5,8 +5,8 @@
 //! database or a broker: key-value data is read through the [`Call`](crate::Call), and what an attempt writes and
 //! publishes leaves in its [`Outcome`](crate::handler::Outcome).
 //!
-//! From the inside out: [`instance`] is one attempt, [`imports`] what the guest can ask for during it, [`load`] makes
-//! something callable of bytes, as [`grants`] decide, [`registry`] keeps what is active, and [`reload`] follows a folder.
+//! From the inside out: `instance` is one attempt, `imports` what the guest can ask for during it, `load` makes something
+//! callable of bytes, as `grants` decides, `registry` keeps what is active, and `reload` follows a folder.
 
 pub mod component;
 pub mod guest;
