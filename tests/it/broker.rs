@@ -635,7 +635,7 @@ async fn a_settlement_after_its_lease_has_gone_is_refused_and_counted() {
 /// On real threads, where hints, claims and workers race.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_forgotten_when_publishers_and_workers_race() {
-    const EVENTS: usize = 5_000;
+    const EVENTS: usize = 20_000;
     let memory = memory::Options { max_events: 2 * EVENTS as u64, ..memory::Options::default() };
     let rig = Rig::with(options(), memory).await;
     let (handled, all) = (calls(), Arc::new(Notify::new()));
