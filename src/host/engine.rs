@@ -57,14 +57,14 @@ impl Engine {
     /// once in the log.
     ///
     /// # Errors
-    /// [`Error::Plugin`] when the platform cannot run guests, and [`Error::Invalid`] for a cache folder that others
-    /// can write to.
+    /// [`Error::Incompatible`] when the platform cannot run guests, and [`Error::Invalid`] for a cache folder that
+    /// others can write to.
     pub(super) fn new(settings: &Settings) -> Result<Self> {
         let wasmtime = pooled(settings).or_else(|error| {
             tracing::warn!(error = format!("{error:#}"), "no pool for instances, each is allocated by itself");
             wasmtime::Engine::new(&config())
         });
-        let wasmtime = wasmtime.map_err(|error| Error::plugin("*", format!("no engine to run it: {error:#}")))?;
+        let wasmtime = wasmtime.map_err(|error| unusable(format!("cannot be started: {error:#}")))?;
         let cache = match &settings.cache {
             Some(folder) => Some(Arc::new(Cache::open(folder, &wasmtime)?)),
             None => None,
@@ -112,6 +112,10 @@ impl Engine {
     }
 }
 
+fn unusable(reason: String) -> Error {
+    Error::Incompatible { what: "the engine for plugins".to_owned(), reason: reason.into() }
+}
+
 fn config() -> Config {
     let mut config = Config::new();
     config
@@ -156,6 +160,6 @@ fn tick(engine: &wasmtime::Engine) -> Result<Sender<()>> {
         }
     };
     let thread = std::thread::Builder::new().name("tidegate-epochs".into());
-    thread.spawn(work).map_err(|error| Error::plugin("*", format!("no thread to end it in time: {error}")))?;
+    thread.spawn(work).map_err(|error| unusable(format!("has no thread to keep time with: {error}")))?;
     Ok(alive)
 }
