@@ -30,6 +30,9 @@ const RESIDENT_TABLE: usize = 64 << 10;
 /// Core instances, memories and tables that the pool holds per attempt: guests with WASI inside have a few of each.
 const PARTS_PER_ATTEMPT: u32 = 4;
 
+/// What a small pool has of them nevertheless: one Python guest takes some thirty.
+const FEWEST_PARTS: u32 = 256;
+
 /// What an engine is made with.
 pub(super) struct Settings {
     /// Attempts at once.
@@ -130,7 +133,7 @@ fn config() -> Config {
 }
 
 fn pooled(settings: &Settings) -> wasmtime::Result<wasmtime::Engine> {
-    let parts = settings.slots.saturating_mul(PARTS_PER_ATTEMPT);
+    let parts = settings.slots.saturating_mul(PARTS_PER_ATTEMPT).max(FEWEST_PARTS);
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(settings.slots)
         .total_stacks(settings.slots)
