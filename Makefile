@@ -1,15 +1,35 @@
 # One command per thing that developers and CI do. `make` alone lists them.
 
-.PHONY: help setup plugins plugins-test
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check bench plugins plugins-test setup
 
 help: ## List these commands
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
-setup: ## Install what building needs and cargo does not bring
-	@scripts/setup-wasm.sh
+quickstart: setup plugins ## Build host and samples, publish a stream of shop events, and stay up (QUICKSTART_EXIT=1 ends it)
+	@scripts/quickstart.sh
 
-plugins: ## Build every sample plugin and the one that misbehaves into target/plugins
+test: setup plugins ## Run every test
+	cargo test --features conformance
+	$(MAKE) plugins-test
+
+check: ## Formatting, lints over every feature set, rustdoc, and the import table
+	cargo fmt --all --check
+	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
+	cargo test --features conformance --test it house::
+	cargo fmt --all --check --manifest-path plugins/Cargo.toml
+
+bench: setup plugins ## Run the benchmarks that performance claims rest on
+	cargo bench
+
+plugins: setup ## Build every sample plugin and the one that misbehaves into target/plugins
 	cargo run --quiet -- plugin build plugins --all --output target/plugins
 
 plugins-test: ## Test the plugin SDK and the samples, natively
 	cargo test --quiet --manifest-path plugins/Cargo.toml
+
+setup: ## Install what building plugins needs and cargo does not bring
+	@scripts/setup-wasm.sh

@@ -145,7 +145,7 @@ impl Error {
     }
 }
 
-/// `value` in double quotes, escaped, and cut after [`QUOTED`] characters with a mark.
+/// `value` in double quotes, escaped, and cut after 80 characters with a mark.
 #[must_use]
 pub fn quote(value: &str) -> String {
     match value.char_indices().nth(QUOTED) {

@@ -20,7 +20,7 @@ pub struct BuildArgs {
     #[arg(value_name = "DIR", default_value = ".")]
     pub dir: PathBuf,
     /// Where the component goes: a file, or a folder (with --all, or when it exists or ends in a slash), where it is
-    /// called <name>.wasm. Default: plugins/<name>.wasm in cargo's target folder
+    /// called NAME.wasm. Default: plugins/NAME.wasm in cargo's target folder
     #[arg(short, long, value_name = "PATH")]
     pub output: Option<PathBuf>,
     /// Build every package of the workspace that has a plugin.toml

@@ -21,14 +21,17 @@ pub const HANDLER_EXPORT: &str = "tidegate:plugin/handler@1.";
 /// Why bytes are not a usable plugin.
 #[derive(Debug, thiserror::Error)]
 pub enum ComponentError {
-    /// Not WebAssembly, or broken.
-    #[error("not a WebAssembly component: {0}")]
-    Malformed(#[from] wasmparser::BinaryReaderError),
+    /// Something else, such as a source file.
+    #[error("is not WebAssembly: it does not begin with the bytes 00 61 73 6d")]
+    NotWasm,
+    /// WebAssembly that is cut short or damaged.
+    #[error("is damaged: build or copy it again")]
+    Damaged(#[from] wasmparser::BinaryReaderError),
     /// A core module where a component is needed.
-    #[error("this is a core module and not a component: build it with `tidegate plugin build`")]
+    #[error("is a core module and not a component: build it with `tidegate plugin build`")]
     CoreModule,
     /// The module cannot become a component.
-    #[error("cannot make a component of this module: {0:#}")]
+    #[error("cannot be made a component: {0:#}")]
     Encode(anyhow::Error),
     /// Something else than a plugin.
     #[error(
@@ -40,7 +43,7 @@ pub enum ComponentError {
     #[error("has no manifest (custom section {MANIFEST_SECTION}): build it with `tidegate plugin build`")]
     NoManifest,
     /// A manifest that breaks a rule.
-    #[error("manifest is not valid: {0}")]
+    #[error(transparent)]
     Manifest(#[from] ManifestError),
 }
 
@@ -179,6 +182,9 @@ fn top_level<'a>(
     component: &'a [u8],
     mut see: impl FnMut(&Payload<'a>) -> Result<(), wasmparser::BinaryReaderError>,
 ) -> Result<(), ComponentError> {
+    if !component.starts_with(b"\0asm") {
+        return Err(ComponentError::NotWasm);
+    }
     if Parser::is_core_wasm(component) {
         return Err(ComponentError::CoreModule);
     }
@@ -211,6 +217,18 @@ mod tests {
             (instance $handler)
             (export "tidegate:plugin/handler@1.0.0" (instance $handler)))"#;
         wat::parse_str(text).unwrap()
+    }
+
+    /// A guest as version 1.0.0 of the SDK and interface compiled it: it logs, replies with the event's id, and no more.
+    const GUEST_1_0: &[u8] = include_bytes!("../../tests/fixtures/guest-1.0.core.wasm");
+
+    #[test]
+    fn a_guest_compiled_for_the_first_interface_becomes_a_plugin_that_imports_only_what_it_uses() {
+        let component = componentise(GUEST_1_0).unwrap();
+        let interface = interface(&component).unwrap();
+        assert_eq!(interface.imports, ["tidegate:plugin/types@1.0.0", "tidegate:plugin/log@1.0.0"]);
+        assert_eq!(interface.exports, ["tidegate:plugin/handler@1.0.0"]);
+        assert_eq!(componentise(&component).unwrap(), component);
     }
 
     #[test]
@@ -257,8 +275,12 @@ mod tests {
 
     #[test]
     fn bytes_that_are_no_wasm_are_refused() {
-        for bytes in [&b""[..], b"hello", b"\0asm", b"\0asm\x0d\0\x01\0\xff\xff"] {
-            assert!(interface(bytes).is_err(), "{bytes:?}");
+        for bytes in [&b""[..], b"hello"] {
+            assert!(matches!(interface(bytes), Err(ComponentError::NotWasm)), "{bytes:?}");
+        }
+        let whole = embed_manifest(&component(), MANIFEST).unwrap();
+        for bytes in [&b"\0asm"[..], b"\0asm\x0d\0\x01\0\xff\xff", whole.get(..whole.len() - 3).unwrap()] {
+            assert!(matches!(manifest(bytes), Err(ComponentError::Damaged(_))), "{bytes:?}");
         }
     }
 

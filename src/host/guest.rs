@@ -3,10 +3,12 @@
 //! It never installs anything: where no toolchain is found, it says what to install. Compiler messages go to the
 //! terminal as cargo writes them. A guest in another language than Rust is built by its own tools.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
@@ -122,8 +124,8 @@ pub struct Guest {
     manifest_text: String,
     /// The cargo package.
     package: String,
-    /// Cargo's output folder.
-    target_dir: PathBuf,
+    /// What cargo knows about the packages around it.
+    workspace: Arc<Metadata>,
 }
 
 /// A guest and the component that was made of it.
@@ -141,11 +143,11 @@ impl Guest {
     /// # Errors
     /// [`Error::Plugin`] when it is no cargo package, makes no cdylib, or has no valid `plugin.toml`.
     pub fn find(dir: &Path) -> Result<Self> {
-        let metadata = metadata(dir)?;
+        let workspace = Arc::new(metadata(dir)?);
         let file = dir.join("Cargo.toml");
         let file = file.canonicalize().unwrap_or(file);
-        match metadata.packages.iter().find(|package| package.manifest_path == file) {
-            Some(package) => Self::of(package, &metadata.target_directory),
+        match workspace.packages.iter().find(|package| package.manifest_path == file) {
+            Some(package) => Self::of(package, &workspace),
             None => Err(Error::plugin(
                 dir.display().to_string(),
                 "is a cargo workspace and not a package: name a plugin's folder, or build all of them with --all",
@@ -158,10 +160,9 @@ impl Guest {
     /// # Errors
     /// [`Error::Plugin`] when there is none, or one of them is not in order.
     pub fn find_all(dir: &Path) -> Result<Vec<Self>> {
-        let metadata = metadata(dir)?;
-        let plugins = metadata.packages.iter().filter(|package| package.dir().join(MANIFEST_FILE).is_file());
+        let workspace = Arc::new(metadata(dir)?);
         let guests: Vec<Self> =
-            plugins.map(|package| Self::of(package, &metadata.target_directory)).collect::<Result<_>>()?;
+            workspace.plugins().map(|package| Self::of(package, &workspace)).collect::<Result<_>>()?;
         if guests.is_empty() {
             return Err(Error::plugin(
                 dir.display().to_string(),
@@ -171,7 +172,7 @@ impl Guest {
         Ok(guests)
     }
 
-    fn of(package: &Package, target_dir: &Path) -> Result<Self> {
+    fn of(package: &Package, workspace: &Arc<Metadata>) -> Result<Self> {
         let dir = package.dir().to_path_buf();
         let refuse = |reason: String| Error::plugin(dir.display().to_string(), reason);
         if !package.targets.iter().any(|target| target.crate_types.iter().any(|kind| kind == "cdylib")) {
@@ -185,14 +186,14 @@ impl Guest {
             ))
         })?;
         let manifest = Manifest::parse(&manifest_text).map_err(|why| refuse(why.to_string()))?;
-        Ok(Self { manifest, manifest_text, package: package.name.clone(), target_dir: target_dir.to_path_buf(), dir })
+        Ok(Self { manifest, manifest_text, package: package.name.clone(), workspace: Arc::clone(workspace), dir })
     }
 
     /// Where the component goes unless told otherwise: `plugins/<name>.wasm` in cargo's output folder, which every
     /// project's `.gitignore` has already.
     #[must_use]
     pub fn default_output(&self) -> PathBuf {
-        self.target_dir.join("plugins").join(format!("{}.wasm", self.manifest.name))
+        self.workspace.target_directory.join("plugins").join(format!("{}.wasm", self.manifest.name))
     }
 }
 
@@ -207,9 +208,23 @@ pub fn build(dir: &Path, guests: &[Guest], toolchain: &Toolchain) -> Result<Vec<
     for guest in guests {
         cargo.arg("--package").arg(&guest.package);
     }
+    if let Some(guest) = guests.first() {
+        cargo.arg("--config").arg(remapping(toolchain, &guest.workspace));
+    }
     let answer = run(dir, cargo.stderr(Stdio::inherit()), "cargo build")?;
     let artifacts = artifacts(&answer);
     guests.iter().map(|guest| finish(guest, &artifacts)).collect()
+}
+
+/// The setting that keeps this machine's folders out of the component: they are nobody's business, and without them
+/// the same sources and the same compiler have the same digest everywhere. Cargo adds it to what the project sets, and
+/// ignores it when the environment has RUSTFLAGS.
+fn remapping(toolchain: &Toolchain, workspace: &Metadata) -> String {
+    let folders = workspace.foreign_folders();
+    let folders = folders.iter().map(|folder| (folder.as_path(), "/deps"));
+    let flags = folders.chain([(workspace.workspace_root.as_path(), "/plugin")]);
+    let flags = flags.map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()).into()).collect();
+    format!("target.{}.rustflags={}", toolchain.target(), toml::Value::Array(flags))
 }
 
 fn finish(guest: &Guest, artifacts: &[Artifact]) -> Result<Built> {
@@ -223,15 +238,33 @@ fn finish(guest: &Guest, artifacts: &[Artifact]) -> Result<Built> {
     Ok(Built { guest: guest.clone(), component })
 }
 
-#[derive(Deserialize)]
+#[derive(Debug, Deserialize)]
 struct Metadata {
     packages: Vec<Package>,
+    workspace_members: BTreeSet<String>,
+    workspace_root: PathBuf,
     target_directory: PathBuf,
 }
 
-#[derive(Deserialize)]
+impl Metadata {
+    fn plugins(&self) -> impl Iterator<Item = &Package> {
+        let members = self.packages.iter().filter(|package| self.workspace_members.contains(&package.id));
+        members.filter(|package| package.dir().join(MANIFEST_FILE).is_file())
+    }
+
+    /// Where the packages are kept that came from elsewhere.
+    fn foreign_folders(&self) -> BTreeSet<PathBuf> {
+        let foreign = self.packages.iter().filter(|package| package.source.is_some());
+        foreign.filter_map(|package| Some(package.dir().parent()?.to_path_buf())).collect()
+    }
+}
+
+#[derive(Debug, Deserialize)]
 struct Package {
     name: String,
+    id: String,
+    /// Absent for packages that are on this disk.
+    source: Option<String>,
     manifest_path: PathBuf,
     targets: Vec<Target>,
 }
@@ -242,7 +275,7 @@ impl Package {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Debug, Deserialize)]
 struct Target {
     crate_types: Vec<String>,
 }
@@ -273,7 +306,7 @@ fn metadata(dir: &Path) -> Result<Metadata> {
         return Err(refuse("is no cargo package: there is no Cargo.toml in it".to_owned()));
     }
     let mut cargo = Command::new(any_cargo());
-    cargo.args(["metadata", "--no-deps", "--format-version", "1"]).stderr(Stdio::inherit());
+    cargo.args(["metadata", "--format-version", "1"]);
     let answer = run(dir, &mut cargo, "cargo metadata")?;
     serde_json::from_slice(&answer).map_err(|why| refuse(format!("cannot read what cargo metadata says: {why}")))
 }
@@ -290,7 +323,9 @@ fn run(dir: &Path, command: &mut Command, name: &str) -> Result<Vec<u8>> {
     let answer = command.current_dir(dir).stdin(Stdio::null()).output();
     let answer = answer.map_err(|why| refuse(format!("cannot run {name}: {why}; {INSTALL}")))?;
     if !answer.status.success() {
-        return Err(refuse(format!("{name} failed with {}; what it said is above", answer.status)));
+        let said = String::from_utf8_lossy(&answer.stderr);
+        let said = if said.is_empty() { "what it said is above" } else { said.trim() };
+        return Err(refuse(format!("{name} failed with {}; {said}", answer.status)));
     }
     Ok(answer.stdout)
 }
@@ -328,7 +363,10 @@ mod tests {
         assert!(refusal(&[("Cargo.toml", &cdylib), source]).contains("cannot read plugin.toml"));
         let broken = refusal(&[("Cargo.toml", &cdylib), source, ("plugin.toml", "name = \"A B\"")]);
         assert!(broken.contains("plugin.toml line 1: name \"A B\" must be"), "{broken}");
-        assert!(refusal(&[("Cargo.toml", "[workspace]\n")]).contains("--all"));
+        let member = CARGO.replace("[workspace]\n", "");
+        let workspace =
+            [("Cargo.toml", "[workspace]\nmembers = [\"a\"]\n"), ("a/Cargo.toml", &member), ("a/src/lib.rs", "")];
+        assert!(refusal(&workspace).contains("--all"));
         assert!(refusal(&[("Cargo.toml", "[package")]).contains("cargo metadata failed"));
     }
 
@@ -356,6 +394,26 @@ mod tests {
             assert_eq!(look(&rest), None, "{missing}");
         }
         assert_eq!(look(&["bin/rustc", "bin/cargo", "std/lib.rs"]), None);
+    }
+
+    #[test]
+    fn folders_of_this_machine_are_kept_out_of_the_component() {
+        let metadata = r#"{
+            "packages": [
+                {"name": "serde", "id": "1", "source": "registry", "manifest_path": "/home/a b/registry/serde-1/Cargo.toml", "targets": []},
+                {"name": "sample", "id": "2", "source": null, "manifest_path": "/src/sample/Cargo.toml", "targets": []}
+            ],
+            "workspace_members": ["2"], "workspace_root": "/src", "target_directory": "/src/target"
+        }"#;
+        let setting = remapping(&Toolchain::Unknown, &serde_json::from_str(metadata).unwrap());
+        let setting: toml::Table = toml::from_str(&setting).unwrap();
+        let flags: Vec<&str> = setting["target"]["wasm32-unknown-unknown"]["rustflags"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(toml::Value::as_str)
+            .collect();
+        assert_eq!(flags, ["--remap-path-prefix=/home/a b/registry=/deps", "--remap-path-prefix=/src=/plugin"]);
     }
 
     #[test]

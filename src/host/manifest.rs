@@ -192,9 +192,12 @@ fn located(text: &str, error: &toml::de::Error) -> ManifestError {
         return ManifestError { line: None, reason: error.message().to_owned() };
     };
     let index = before.matches('\n').count();
-    let written = text.lines().nth(index).unwrap_or_default().trim();
-    ManifestError { line: Some(index.saturating_add(1)), reason: format!("{} in {}", error.message(), quote(written)) }
+    let written: String = text.lines().nth(index).unwrap_or_default().trim().chars().take(SHOWN).collect();
+    ManifestError { line: Some(index.saturating_add(1)), reason: format!("{} in `{written}`", error.message()) }
 }
+
+/// How much of a faulty line is shown, in characters.
+const SHOWN: usize = 80;
 
 /// Where HTTP requests may go: scheme, host and port, all three exactly.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -122,7 +122,8 @@ mod tests {
         if let Some(given) = given {
             headers.insert(header::AUTHORIZATION, format!("bearer {given}").parse().unwrap());
         }
-        check(tokens, &method, path, &headers).map_or_else(|problem| problem.into_response().status().as_u16(), |()| 200)
+        check(tokens, &method, path, &headers)
+            .map_or_else(|problem| problem.into_response().status().as_u16(), |()| 200)
     }
 
     #[test]

@@ -72,7 +72,9 @@ fn data_payload(data: &RawValue, content_type: Option<&str>) -> Result<Payload> 
         None => input::from_bytes(JSON, data.get().to_owned()),
         Some(other) => match serde_json::from_str::<String>(data.get()) {
             Ok(text) => input::from_bytes(other, text),
-            Err(_) => Err(Error::invalid("data", data.get(), format!("must be a string, as datacontenttype is {other}"))),
+            Err(_) => {
+                Err(Error::invalid("data", data.get(), format!("must be a string, as datacontenttype is {other}")))
+            }
         },
     }
 }
@@ -194,7 +196,10 @@ mod tests {
     fn the_binary_form_takes_attributes_from_headers() {
         let mut headers = HeaderMap::new();
         for (name, value) in [
-            ("ce-specversion", "1.0"), ("ce-id", "c%20%E2%82%AC+1"), ("ce-source", "system"), ("ce-type", "a.b"),
+            ("ce-specversion", "1.0"),
+            ("ce-id", "c%20%E2%82%AC+1"),
+            ("ce-source", "system"),
+            ("ce-type", "a.b"),
             ("content-type", "text/plain"),
         ] {
             headers.insert(name, value.parse().unwrap());
@@ -215,7 +220,10 @@ mod tests {
             (r#"{"specversion":"1.0","id":"1","source":"s","type":"a","My_Ext":1}"#, "My_Ext"),
             (r#"{"specversion":"1.0","id":"1","source":"s","type":"a","ext":{}}"#, "ext"),
             (r#"{"specversion":"1.0","id":"1","source":"s","type":"a","data":1,"data_base64":"AA=="}"#, "data_base64"),
-            (r#"{"specversion":"1.0","id":"1","source":"s","type":"a","data":1,"datacontenttype":"text/plain"}"#, "data"),
+            (
+                r#"{"specversion":"1.0","id":"1","source":"s","type":"a","data":1,"datacontenttype":"text/plain"}"#,
+                "data",
+            ),
         ];
         for (text, field) in rows {
             let error = read(text).unwrap_err().to_string();

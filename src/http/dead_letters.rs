@@ -55,11 +55,7 @@ fn cursor(text: &str) -> Option<(u64, String)> {
 }
 
 /// `POST /v1/dead-letters/redrive`.
-pub(super) async fn redrive(
-    State(app): State<App>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Json<Value>, Problem> {
+pub(super) async fn redrive(State(app): State<App>, headers: HeaderMap, body: Body) -> Result<Json<Value>, Problem> {
     body::require_json(&headers)?;
     let bytes = body::read(body, body::SMALL, app.options.body_timeout).await?;
     let filter = wanted(body::json(&bytes)?)?;

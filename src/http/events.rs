@@ -86,9 +86,10 @@ fn read(
         return Ok(Sent::One(parse(whole, "", defaults)?));
     }
     let entries: Vec<&RawValue> = body::json(whole.get().as_bytes())?;
-    let events = entries.iter().enumerate().map(|(index, raw)| {
-        parse(raw, &format!("[{index}]"), defaults).map_err(|error| input::at(index, error))
-    });
+    let events = entries
+        .iter()
+        .enumerate()
+        .map(|(index, raw)| parse(raw, &format!("[{index}]"), defaults).map_err(|error| input::at(index, error)));
     Ok(Sent::Batch(events.collect::<crate::Result<_>>()?))
 }
 
@@ -100,7 +101,18 @@ pub(super) struct Page {
 
 /// What `GET /v1/events` filters by.
 const FILTERS: [&str; 12] = [
-    "type", "source", "status", "user_id", "schema", "entity", "operation", "instance_id", "from", "to", "limit", "cursor",
+    "type",
+    "source",
+    "status",
+    "user_id",
+    "schema",
+    "entity",
+    "operation",
+    "instance_id",
+    "from",
+    "to",
+    "limit",
+    "cursor",
 ];
 
 /// `GET /v1/events`.

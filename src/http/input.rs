@@ -15,8 +15,22 @@ use crate::event::{Event, EventId, EventType, JSON, Payload, Source, UserId};
 
 /// What a publisher may set.
 const SETTABLE: [&str; 16] = [
-    "id", "source", "type", "payload", "payload_base64", "content_type", "user_id", "session_id", "instance_id", "schema",
-    "entity", "operation", "key", "metadata", "trace_parent", "ephemeral",
+    "id",
+    "source",
+    "type",
+    "payload",
+    "payload_base64",
+    "content_type",
+    "user_id",
+    "session_id",
+    "instance_id",
+    "schema",
+    "entity",
+    "operation",
+    "key",
+    "metadata",
+    "trace_parent",
+    "ephemeral",
 ];
 
 /// What an event's JSON holds too, but only ever from us.

@@ -120,8 +120,18 @@ mod tests {
     #[test]
     fn what_is_not_known_or_not_legal_is_refused() {
         for raw in [
-            "tpye=a", "type=a&type=b", "limit=0", "limit=1001", "limit=-1", "limit=ten", "limit=", "wait=5", "wait=-5s",
-            "wait=soon", "from=yesterday", "from=2026-01-31",
+            "tpye=a",
+            "type=a&type=b",
+            "limit=0",
+            "limit=1001",
+            "limit=-1",
+            "limit=ten",
+            "limit=",
+            "wait=5",
+            "wait=-5s",
+            "wait=soon",
+            "from=yesterday",
+            "from=2026-01-31",
         ] {
             assert!(refused(raw), "{raw}");
         }

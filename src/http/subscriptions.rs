@@ -110,7 +110,10 @@ mod tests {
     fn what_is_wrong_with_a_subscription_is_named() {
         let rows = [
             (r#"{"pattern":"*"}"#, "name: is required"),
-            (r#"{"name":"a","pattern":"*","concurency":4}"#, "concurency: is not a field that may be given; did you mean concurrency?"),
+            (
+                r#"{"name":"a","pattern":"*","concurency":4}"#,
+                "concurency: is not a field that may be given; did you mean concurrency?",
+            ),
             (r#"{"name":"a","pattern":"a..b"}"#, "pattern: a segment cannot be empty"),
             (r#"{"name":"a","pattern":"*","concurrency":0}"#, "concurrency: "),
             (r#"{"name":"a","pattern":"*","retry":{"max_retrys":1}}"#, "retry.max_retrys: is not a field"),

@@ -24,6 +24,8 @@
 //! (feature `conformance`) is what makes a store a provider.
 
 #[cfg(any(test, feature = "conformance"))]
+#[expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a claim that does not hold ends in a panic")]
+#[macro_use]
 pub mod conformance;
 pub mod memory;
 pub mod rules;
@@ -43,6 +45,9 @@ use crate::error::Result;
 use crate::event::{Event, EventType, Seq, Source, UserId};
 use crate::pattern::Pattern;
 use crate::subscription::Ordering;
+
+/// A store's clock: microseconds since the Unix epoch. It may jump, as clocks do, but should not go back.
+pub type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
 
 /// A store of events, deliveries and documents.
 ///

@@ -1,3 +1,8 @@
 //! The one integration binary: what tidegate promises, seen from outside.
 
+#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test that panics has failed")]
+
 mod broker;
+mod crash;
+mod house;
+mod support;

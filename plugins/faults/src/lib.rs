@@ -14,7 +14,7 @@ use std::{
 };
 use tidegate_plugin::{log, prelude::*};
 
-tidegate_plugin::plugin!(misbehave);
+tidegate_plugin::plugin!(misbehave, self_check = check);
 
 /// How to misbehave.
 #[derive(Deserialize)]
@@ -80,6 +80,16 @@ fn misbehave(event: Event) -> Result<Option<Reply>, Failure> {
         return Ok(Some(Reply::new("application/octet-stream", event.payload)));
     }
     perform(event.json()?, &event)
+}
+
+/// Misbehaves before it is put to work, as the setting `self-check` says.
+fn check() -> Result<(), String> {
+    match config::get("self-check").as_deref() {
+        None | Some("ok") => Ok(()),
+        Some("trap") => break_out::trap(),
+        Some("loop") => loop_without_end(),
+        Some(other) => Err(format!("asked to fail the self-check: {other}")),
+    }
 }
 
 fn perform(fault: Fault, event: &Event) -> Result<Option<Reply>, Failure> {

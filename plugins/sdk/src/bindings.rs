@@ -7,3 +7,15 @@ wit_bindgen::generate!({
     export_macro_name: "export",
     default_bindings_module: "tidegate_plugin::bindings",
 });
+
+/// The optional export that is called before a new version takes over.
+pub mod self_check {
+    wit_bindgen::generate!({
+        path: "wit",
+        inline: "package tidegate:sdk; world checked { export tidegate:plugin/lifecycle@1.0.0; }",
+        world: "tidegate:sdk/checked",
+        pub_export_macro: true,
+        export_macro_name: "export_self_check",
+        default_bindings_module: "tidegate_plugin::bindings::self_check",
+    });
+}

@@ -69,6 +69,20 @@ pub mod prelude {
 /// }
 /// # fn main() {}
 /// ```
+///
+/// A second function may look whether the plugin can work at all. The host calls it before a new version takes over, and
+/// keeps the old one when it fails. It takes nothing and gives back a `Result<(), E>` whose error can be shown:
+///
+/// ```
+/// # use tidegate_plugin::Event;
+/// tidegate_plugin::plugin!(greet, self_check = is_configured);
+///
+/// fn is_configured() -> Result<(), &'static str> {
+///     tidegate_plugin::config::get("greeting").map(drop).ok_or("setting greeting is missing")
+/// }
+/// # fn greet(_: Event) {}
+/// # fn main() {}
+/// ```
 #[macro_export]
 macro_rules! plugin {
     ($handler:path) => {
@@ -85,11 +99,30 @@ macro_rules! plugin {
                 }
             }
 
-            $crate::__export::export!(Plugin with_types_in $crate::bindings);
+    $crate::__export::export!(Plugin with_types_in $crate::bindings);
         };
 
         #[cfg(not(target_family = "wasm"))]
         const _: fn() = || $crate::__export::check(&$handler);
+    };
+    ($handler:path, self_check = $self_check:path) => {
+        $crate::plugin!($handler);
+
+        #[cfg(target_family = "wasm")]
+        const _: () = {
+            struct Checked;
+
+            impl $crate::__export::SelfCheck for Checked {
+                fn self_check() -> ::core::result::Result<(), ::std::string::String> {
+                    $crate::__export::self_check($self_check)
+                }
+            }
+
+    $crate::__export::export_self_check!(Checked with_types_in $crate::bindings::self_check);
+        };
+
+        #[cfg(not(target_family = "wasm"))]
+        const _: fn() = || drop($crate::__export::self_check($self_check));
     };
 }
 
@@ -100,6 +133,7 @@ pub mod __export {
     pub use crate::bindings::{
         export,
         exports::tidegate::plugin::handler::{Event, Failure, Guest, Reply},
+        self_check::{export_self_check, exports::tidegate::plugin::lifecycle::Guest as SelfCheck},
     };
 
     /// One call from the host, in the types of the interface.
@@ -111,6 +145,13 @@ pub mod __export {
             Ok(reply) => Ok(reply.map(Into::into)),
             Err(failure) => Err(failure.into()),
         }
+    }
+
+    /// The self-check, with its error as text.
+    pub fn self_check<E: core::fmt::Display>(check: impl FnOnce() -> Result<(), E>) -> Result<(), String> {
+        #[cfg(all(target_family = "wasm", feature = "panic-log"))]
+        crate::log::panics();
+        check().map_err(|why| why.to_string())
     }
 
     /// Makes the compiler look at the handler where there is nothing to export.

@@ -16,7 +16,6 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use jiff::Timestamp;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -25,9 +24,9 @@ use tokio::time::Instant;
 use self::state::State;
 use self::work::as_micros;
 use super::{
-    Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, DeadLetterFilter, DeadLetterPage, Document,
-    Documents, Durability, EventFilter, EventPage, Expect, LeaseKey, LogPage, Matcher, Provider, ProviderStats,
-    Retention, Settled, Settlement,
+    Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
+    Document, Documents, Durability, EventFilter, EventPage, Expect, LeaseKey, LogPage, Matcher, Provider,
+    ProviderStats, Retention, Settled, Settlement,
 };
 use crate::delivery::EventDetail;
 use crate::error::{Error, Result};
@@ -63,8 +62,7 @@ pub struct MemoryProvider {
     /// `None` once closed.
     state: Mutex<Option<State>>,
     wake: watch::Sender<u64>,
-    /// The same instant by two clocks.
-    base: (Instant, Timestamp),
+    clock: Clock,
     epoch: Arc<str>,
 }
 
@@ -74,23 +72,26 @@ impl MemoryProvider {
     /// # Errors
     /// [`Error::Invalid`] naming `max_events` when it is 0.
     pub fn open(options: Options) -> Result<Self> {
+        let (start, wall) = (Instant::now(), crate::event::now().as_microsecond());
+        Self::with_clock(options, Arc::new(move || wall.saturating_add(as_micros(start.elapsed()))))
+    }
+
+    /// As [`open`](Self::open), with another clock than tokio's.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn with_clock(options: Options, clock: Clock) -> Result<Self> {
         if options.max_events == 0 {
             return Err(Error::invalid("max_events", "0", "must be at least 1"));
         }
-        let state = State::new(options.max_events);
-        let base = (Instant::now(), crate::event::now());
-        Ok(Self {
-            state: Mutex::new(Some(state)),
-            wake: watch::Sender::new(0),
-            base,
-            epoch: uuid::Uuid::new_v4().to_string().into(),
-            options,
-        })
+        let state = Mutex::new(Some(State::new(options.max_events)));
+        let epoch = uuid::Uuid::new_v4().to_string().into();
+        Ok(Self { state, wake: watch::Sender::new(0), clock, epoch, options })
     }
 
     /// Runs `work` on the state at the present instant.
     fn enter<T>(&self, work: impl FnOnce(&mut State, i64) -> T) -> Result<T> {
-        let now = self.base.1.as_microsecond().saturating_add(as_micros(self.base.0.elapsed()));
+        let now = (self.clock)();
         let mut guard = lock(&self.state);
         let state = guard.as_mut().ok_or(Error::Stopped("provider"))?;
         state.clean_up(&self.options, now);
@@ -251,6 +252,34 @@ impl Documents for MemoryProvider {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    mod conformance {
+        use std::sync::atomic::{AtomicI64, Ordering};
+
+        use super::*;
+        use crate::provider::conformance::Fixture;
+
+        struct Memory(Arc<AtomicI64>);
+
+        #[async_trait]
+        impl Fixture for Memory {
+            async fn open(&self) -> Arc<dyn Provider> {
+                let time = Arc::clone(&self.0);
+                let clock: Clock = Arc::new(move || time.load(Ordering::Relaxed));
+                Arc::new(MemoryProvider::with_clock(Options::default(), clock).unwrap())
+            }
+
+            fn reopens(&self) -> Result<(), &'static str> {
+                Err("what is in memory is gone with its provider")
+            }
+
+            async fn advance(&self, by: Duration) {
+                self.0.fetch_add(as_micros(by), Ordering::Relaxed);
+            }
+        }
+
+        conformance_tests!(Memory(Arc::new(AtomicI64::new(crate::event::now().as_microsecond()))));
+    }
     use crate::delivery::{Attempt, Next, Trace, Verdict};
     use crate::event::{Event, EventType, Payload, Source};
     use crate::provider::{Lease, Want};

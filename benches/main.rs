@@ -1,0 +1,20 @@
+//! Everything that a claim about speed rests on: each row runs ours and a named peer or limit in turn.
+//!
+//! `cargo bench` runs all; `cargo bench -- memory` what is named. Ratios are medians of pairs taken within one run.
+
+#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a benchmark that panics has no result")]
+
+mod memory;
+mod sqlite;
+mod support;
+
+fn main() {
+    // Cargo passes `--bench`; whatever else is given names the groups to run.
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    let groups: [(&str, fn()); 2] = [("memory", memory::run), ("sqlite", sqlite::run)];
+    for (name, run) in groups {
+        if wanted.is_empty() || wanted.iter().any(|word| name.contains(word.as_str())) {
+            run();
+        }
+    }
+}

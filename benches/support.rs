@@ -1,0 +1,75 @@
+//! Side-by-side measurement: two pieces of work in turn, the median of each and of their ratio.
+//!
+//! Single figures of a noisy machine mean little; ratios of two runs within the same minute mean something. Every
+//! figure is work per second, so a ratio above 1 says that ours is faster than the other side.
+
+use std::time::{Duration, Instant};
+
+/// How many pairs are run; their median counts.
+pub(crate) const PAIRS: usize = 5;
+
+/// About 300 bytes of JSON, as an order would have.
+pub(crate) fn payload() -> String {
+    let note = "x".repeat(180);
+    format!(
+        r#"{{"order_id":"o-100017","customer":"c-1017","total_cents":4599,"currency":"EUR","note":"{note}","lines":3}}"#
+    )
+}
+
+/// The middle of `values`.
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// The value below which `share` of `values` lie.
+pub(crate) fn quantile(mut values: Vec<Duration>, share: f64) -> Duration {
+    values.sort();
+    values[((values.len() - 1) as f64 * share).round() as usize]
+}
+
+/// Runs `ours` and `other` in turn after one warm-up each; both return work per second. Prints the medians and the
+/// median ratio, and returns that.
+pub(crate) fn compare(what: &str, goal: &str, mut ours: impl FnMut() -> f64, mut other: impl FnMut() -> f64) -> f64 {
+    ours();
+    other();
+    let mut rows = Vec::new();
+    for _ in 0..PAIRS {
+        rows.push((ours(), other()));
+    }
+    let ratio = median(rows.iter().map(|(a, b)| a / b).collect());
+    let (a, b) = (median(rows.iter().map(|row| row.0).collect()), median(rows.iter().map(|row| row.1).collect()));
+    println!("{what:<72} ours {a:>10.0}/s  other {b:>10.0}/s  ratio {ratio:>6.2}  goal {goal}");
+    ratio
+}
+
+/// How many a second `count` in the time since `began` are.
+pub(crate) fn per_second(count: usize, began: Instant) -> f64 {
+    count as f64 / began.elapsed().as_secs_f64()
+}
+
+/// A program of `benches/peers` that measures one thing per call and prints work per second.
+pub(crate) struct Peer {
+    program: std::path::PathBuf,
+}
+
+/// Builds the peer of this name; `None`, with the reason printed, when it cannot be built here.
+pub(crate) fn peer(name: &str) -> Option<Peer> {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers").join(name);
+    let built = std::process::Command::new(env!("CARGO")).args(["build", "--release"]).current_dir(&folder).status();
+    if !built.is_ok_and(|status| status.success()) {
+        println!("{name} cannot be built here: rows against it are left out");
+        return None;
+    }
+    Some(Peer { program: folder.join("target/release").join(name) })
+}
+
+impl Peer {
+    /// Runs the peer and reads the figure that it prints last.
+    pub(crate) fn measure(&self, arguments: &[&str]) -> f64 {
+        let output = std::process::Command::new(&self.program).args(arguments).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let last = text.lines().last().unwrap_or_default();
+        last.trim().parse().unwrap_or_else(|_| panic!("{:?} printed {text:?} {:?}", self.program, output.stderr))
+    }
+}

@@ -1,0 +1,309 @@
+//! Claims about `settle`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::scene::{
+    LEASE, Scene, appends, attempt, ended, ended_by, event, event_with_id, forged, retry, set, success_with, write,
+};
+use crate::delivery::{Attempt, Fault, INFRA_BUDGET, KvChange, LogLine, Next, Reply, Status, Trace, Verdict};
+use crate::event::EventId;
+use crate::provider::{Amendment, DeadLetterFilter, Expect, Settled, Settlement};
+
+/// What a success leaves behind.
+pub async fn a_success_completes_delivery_and_event(scene: Scene) {
+    let id = scene.add_one(&["s", "t"]).await;
+    let (first, second) = (scene.claim_one("s").await, scene.claim_one("t").await);
+    assert_eq!(scene.settle(ended(&first, Next::Complete)).await, Settled::Done { event_open: true });
+    assert_eq!(scene.detail(&id).await.record.status, Status::Processing);
+    assert_eq!(scene.settle(ended(&second, Next::Complete)).await, Settled::Done { event_open: false });
+    let detail = scene.detail(&id).await;
+    let names: Vec<&str> = detail.deliveries.iter().map(|delivery| &*delivery.subscription).collect();
+    assert_eq!(names, ["s", "t"]);
+    assert_eq!((detail.record.status, detail.record.retry_count), (Status::Completed, 0));
+    assert!(detail.record.processed_at.is_some() && detail.record.completed_at >= detail.record.processed_at);
+    for delivery in &detail.deliveries {
+        assert_eq!(
+            (delivery.status, delivery.verdict, delivery.attempts.len()),
+            (Status::Completed, Some(Verdict::Ok), 1)
+        );
+        assert_eq!((&delivery.error, delivery.due_at), (&None, None));
+    }
+    scene.advance(LEASE * 2).await;
+    assert!(scene.claim("s", 9).await.is_empty());
+}
+
+/// DESIGN §3: the status of an event follows from its deliveries.
+pub async fn an_event_is_failed_only_when_nothing_is_open(scene: Scene) {
+    let id = scene.add_one(&["s", "t"]).await;
+    scene.end(&scene.claim_one("s").await, Next::Fail).await;
+    assert_eq!(scene.detail(&id).await.record.status, Status::Processing);
+    scene.end(&scene.claim_one("t").await, Next::Complete).await;
+    let record = scene.detail(&id).await.record;
+    assert_eq!(record.status, Status::Failed);
+    assert_eq!(record.error.as_deref(), Some("card: declined 1"));
+    let stats = scene.stats().await;
+    assert_eq!((stats.failed_events, stats.dead_letters, stats.completed_events), (1, 1, 0));
+}
+
+/// DESIGN §2, invariant 4.
+pub async fn a_retry_becomes_due_after_exactly_its_delay(scene: Scene) {
+    let id = scene.add_one(&["s"]).await;
+    let lease = scene.claim_one("s").await;
+    scene.end(&lease, Next::Retry { after: Duration::from_micros(1_500_001) }).await;
+    let delivery = scene.delivery(&id).await;
+    assert_eq!((delivery.status, delivery.retry_count), (Status::Pending, 1));
+    assert!(delivery.due_at.is_some() && delivery.completed_at.is_none());
+    assert_eq!(scene.detail(&id).await.record.status, Status::Processing);
+    scene.advance(Duration::from_micros(1_500_000)).await;
+    assert!(scene.claim("s", 1).await.is_empty());
+    scene.advance(Duration::from_micros(1)).await;
+    let again = scene.claim_one("s").await;
+    assert_eq!((again.attempt, again.number, again.infra_faults), (2, 2, 0));
+}
+
+/// DESIGN §4: host faults do not eat the handler's budget.
+pub async fn attempts_are_numbered_and_counted_by_who_is_to_blame(scene: Scene) {
+    let id = scene.add_one(&["s"]).await;
+    let verdicts = [Verdict::Retry, Verdict::HostFault, Verdict::Timeout, Verdict::HostFault, Verdict::Trap];
+    let expected = [(1, 1, 0), (2, 2, 0), (2, 3, 1), (3, 4, 1), (3, 5, 2)];
+    for (verdict, expected) in verdicts.into_iter().zip(expected) {
+        let lease = scene.claim_one("s").await;
+        assert_eq!((lease.attempt, lease.number, lease.infra_faults), expected);
+        let settled = scene.settle(ended_by(&lease, retry(0), verdict)).await;
+        assert_eq!(settled, Settled::Done { event_open: true });
+    }
+    let delivery = scene.delivery(&id).await;
+    let numbers: Vec<u32> = delivery.attempts.iter().map(|attempt| attempt.number).collect();
+    assert_eq!((numbers, delivery.retry_count), (vec![1, 2, 3, 4, 5], 5));
+    assert_eq!(delivery.verdict, Some(Verdict::Trap));
+    assert!(scene.claim_one("s").await.infra_faults <= INFRA_BUDGET);
+}
+
+/// DESIGN §4: `reject`.
+pub async fn a_refusal_is_a_dead_letter_at_once(scene: Scene) {
+    let id = scene.run_one("s", Next::Fail).await;
+    let detail = scene.detail(&id).await;
+    let delivery = &detail.deliveries[0];
+    assert_eq!((delivery.status, delivery.verdict), (Status::Failed, Some(Verdict::Reject)));
+    assert_eq!(delivery.error.as_deref(), Some("card: declined 1"));
+    assert_eq!(detail.record.completed_at, delivery.completed_at);
+    assert!(delivery.completed_at.is_some());
+    let letters = scene.provider.dead_letters(&DeadLetterFilter::default()).await.unwrap().letters;
+    assert_eq!((letters.len(), &letters[0].event, &letters[0].delivery), (1, &detail.record, delivery));
+}
+
+/// DESIGN §2, invariant 3.
+pub async fn a_stale_token_changes_nothing(scene: Scene) {
+    let id = scene.add_one(&["s"]).await;
+    let lease = scene.claim_one("s").await;
+    let before = scene.detail(&id).await;
+    for next in [Next::Complete, retry(0), Next::Fail, Next::Release] {
+        let mut stale = ended(&lease, next);
+        stale.key = forged(&lease.key);
+        stale.published = appends(vec![event("never.seen")], &["s"]);
+        stale.writes = vec![set("k", "never")];
+        assert_eq!(scene.settle(stale).await, Settled::Stale);
+    }
+    let mut elsewhere = ended(&lease, Next::Complete);
+    elsewhere.key.subscription = "unheard-of".into();
+    assert_eq!(scene.settle(elsewhere).await, Settled::Stale);
+    let mut beyond = ended(&lease, Next::Complete);
+    beyond.key.seq = 99;
+    assert_eq!(scene.settle(beyond).await, Settled::Stale);
+    assert_eq!(scene.detail(&id).await, before);
+    assert_eq!((scene.stats().await.head_seq, scene.text("b", "k").await), (1, None));
+    scene.end(&lease, Next::Complete).await;
+    assert_eq!(scene.settle(ended(&lease, Next::Complete)).await, Settled::Stale);
+}
+
+/// DESIGN §2, invariant 3.
+pub async fn a_lease_taken_away_cannot_be_settled(scene: Scene) {
+    let reclaimed = scene.add_one(&["s"]).await;
+    let stale = scene.claim_one("s").await;
+    scene.advance(LEASE * 2).await;
+    let lease = scene.claim_one("s").await;
+    assert_eq!(scene.settle(ended(&stale, Next::Fail)).await, Settled::Stale);
+    scene.end(&lease, Next::Fail).await;
+    scene.provider.amend(Amendment::Redrive(DeadLetterFilter::default())).await.unwrap();
+    assert_eq!(scene.settle(ended(&lease, Next::Complete)).await, Settled::Stale);
+    let after_redrive = scene.claim_one("s").await;
+    scene.provider.amend(Amendment::Cancel { subscription: "s".into() }).await.unwrap();
+    assert_eq!(scene.settle(ended(&after_redrive, Next::Complete)).await, Settled::Stale);
+    assert!(scene.detail(&reclaimed).await.deliveries.is_empty());
+    let erased = scene.add_one(&["s"]).await;
+    let lease = scene.claim_one("s").await;
+    scene.provider.amend(Amendment::Erase { id: erased.to_string() }).await.unwrap();
+    assert_eq!(scene.settle(ended(&lease, Next::Complete)).await, Settled::Stale);
+    assert_eq!(scene.provider.renew(&[lease.key], LEASE).await.unwrap(), [false]);
+}
+
+/// One stale or refused settlement does not hold back its neighbours.
+pub async fn each_settlement_of_a_batch_stands_for_itself(scene: Scene) {
+    scene.add(5, &["s"]).await;
+    let leases = scene.claim("s", 5).await;
+    let mut batch = vec![
+        ended(&leases[0], Next::Complete),
+        ended(&leases[1], Next::Complete),
+        success_with(&leases[2], vec![set("word", "x"), write("word", KvChange::Increment { by: 1 })]),
+        ended(&leases[3], Next::Fail),
+        success_with(&leases[4], vec![write("count", KvChange::Increment { by: 5 })]),
+        ended(&leases[0], Next::Complete),
+    ];
+    batch[1].key = forged(&leases[1].key);
+    let settled = scene.provider.settle(batch).await.unwrap();
+    let done = Settled::Done { event_open: false };
+    assert_eq!([&settled[0], &settled[3], &settled[4]], [&done; 3]);
+    assert_eq!([&settled[1], &settled[5]], [&Settled::Stale; 2]);
+    assert!(matches!(&settled[2], Settled::Conflict { reason } if reason.contains("word")), "{:?}", settled[2]);
+    let stats = scene.stats().await;
+    assert_eq!((stats.completed_events, stats.failed_events, stats.processing_events), (2, 1, 2));
+    assert_eq!((scene.text("b", "count").await.as_deref(), scene.text("b", "word").await), (Some("5"), None));
+}
+
+/// DESIGN §2, invariant 8.
+pub async fn what_a_success_publishes_and_writes_commits_with_it(scene: Scene) {
+    let id = scene.add_one(&["s"]).await;
+    let lease = scene.claim_one("s").await;
+    let mut child = event_with_id("child");
+    child.caused_by = Some(id.clone());
+    let settlement = Settlement {
+        published: appends(vec![child, event_with_id("lonely")], &["t"]),
+        writes: vec![set("k", "v"), write("n", KvChange::Increment { by: 3 })],
+        ..ended(&lease, Next::Complete)
+    };
+    assert_eq!(scene.settle(settlement).await, Settled::Done { event_open: false });
+    let leases = scene.claim("t", 9).await;
+    assert_eq!(leases.iter().map(|lease| lease.key.seq).collect::<Vec<_>>(), [2, 3]);
+    assert_eq!(leases[0].event.caused_by, Some(id));
+    assert_eq!(scene.text("b", "k").await.as_deref(), Some("v"));
+    assert_eq!(scene.text("b", "n").await.as_deref(), Some("3"));
+}
+
+/// DESIGN §2, invariant 11: an attempt that is repeated publishes the same ids.
+pub async fn published_events_are_idempotent_by_id(scene: Scene) {
+    scene.append(vec![event_with_id("known")], &[]).await;
+    scene.add(2, &["s"]).await;
+    let leases = scene.claim("s", 2).await;
+    let publishes = |lease| Settlement {
+        published: appends(vec![event_with_id("known"), event_with_id("new"), event_with_id("new")], &["t"]),
+        ..ended(lease, Next::Complete)
+    };
+    let settled = scene.provider.settle(vec![publishes(&leases[0]), publishes(&leases[1])]).await.unwrap();
+    assert_eq!(settled, [Settled::Done { event_open: false }, Settled::Done { event_open: false }]);
+    assert_eq!(scene.claim("t", 9).await.len(), 1);
+    assert_eq!(scene.stats().await.head_seq, 4);
+}
+
+/// Increments are added at commit to what is stored then.
+pub async fn increments_at_once_lose_nothing(scene: Scene) {
+    scene.add(40, &["s"]).await;
+    let scene = Arc::new(scene);
+    let mut leases = scene.claim("s", 40).await;
+    let mut workers = Vec::new();
+    while !leases.is_empty() {
+        let (scene, mine) = (Arc::clone(&scene), leases.split_off(leases.len() - 5));
+        workers.push(tokio::spawn(async move {
+            for lease in mine {
+                let by = i64::try_from(lease.key.seq).unwrap();
+                let writes = vec![write("sum", KvChange::Increment { by }), write("n", KvChange::Increment { by: 1 })];
+                assert_eq!(scene.settle(success_with(&lease, writes)).await, Settled::Done { event_open: false });
+            }
+        }));
+    }
+    for worker in workers {
+        worker.await.unwrap();
+    }
+    assert_eq!(scene.text("b", "sum").await.as_deref(), Some("820"));
+    assert_eq!(scene.text("b", "n").await.as_deref(), Some("40"));
+}
+
+/// DESIGN §2, invariant 8.
+pub async fn a_write_that_cannot_be_applied_changes_nothing(scene: Scene) {
+    let big = i64::MAX.to_string();
+    scene.provider.put_document("b", "word", "1.5".into(), Expect::Any, None).await.unwrap();
+    scene.provider.put_document("b", "big", big.clone().into(), Expect::Any, None).await.unwrap();
+    let id = scene.add_one(&["s"]).await;
+    let lease = scene.claim_one("s").await;
+    let before = scene.detail(&id).await;
+    for key in ["word", "big"] {
+        let mut settlement = success_with(&lease, vec![set("k", "v"), write(key, KvChange::Increment { by: 1 })]);
+        settlement.published = appends(vec![event_with_id("never")], &["s"]);
+        let settled = scene.settle(settlement).await;
+        assert!(matches!(&settled, Settled::Conflict { reason } if reason.contains(key)), "{settled:?}");
+    }
+    assert_eq!(scene.detail(&id).await, before);
+    assert_eq!((scene.text("b", "k").await, scene.text("b", "big").await), (None, Some(big)));
+    assert!(scene.provider.get("never").await.unwrap().is_none());
+    scene.end(&lease, Next::Complete).await;
+}
+
+/// Writes are applied in order.
+pub async fn writes_of_one_success_see_each_other(scene: Scene) {
+    scene.provider.put_document("b", "n", "7".into(), Expect::Any, None).await.unwrap();
+    scene.add(1, &["s"]).await;
+    let writes = vec![
+        write("n", KvChange::Increment { by: -2 }),
+        write("n", KvChange::Increment { by: 10 }),
+        set("m", "1"),
+        write("m", KvChange::Increment { by: 1 }),
+        set("gone", "x"),
+        write("gone", KvChange::Delete),
+        write("absent", KvChange::Delete),
+        set("o", "word"),
+        write("o", KvChange::Delete),
+        write("o", KvChange::Increment { by: 4 }),
+    ];
+    let settled = scene.settle(success_with(&scene.claim_one("s").await, writes)).await;
+    assert_eq!(settled, Settled::Done { event_open: false });
+    let texts = [scene.text("b", "n").await, scene.text("b", "m").await, scene.text("b", "o").await];
+    assert_eq!(texts.map(Option::unwrap), ["15", "2", "4"]);
+    assert_eq!((scene.text("b", "gone").await, scene.text("b", "absent").await), (None, None));
+}
+
+/// DESIGN §2, invariant 8.
+pub async fn what_a_failure_would_write_is_not_written(scene: Scene) {
+    let id = scene.add_one(&["s"]).await;
+    for next in [retry(0), Next::Release, Next::Fail] {
+        let lease = scene.claim_one("s").await;
+        let published = appends(vec![event_with_id("never")], &["s"]);
+        let settlement = Settlement { published, writes: vec![set("k", "v")], ..ended(&lease, next) };
+        assert!(matches!(scene.settle(settlement).await, Settled::Done { .. }));
+    }
+    assert_eq!(scene.delivery(&id).await.status, Status::Failed);
+    assert_eq!((scene.text("b", "k").await, scene.stats().await.head_seq), (None, 1));
+}
+
+/// DESIGN §7: every attempt records what the host saw.
+pub async fn an_attempt_comes_back_as_it_was_recorded(scene: Scene) {
+    let id = scene.add_one(&["s"]).await;
+    let mut expected = Vec::new();
+    for hostile in super::publishing::hostile_texts() {
+        let lease = scene.claim_one("s").await;
+        let line =
+            LogLine { level: 3, message: format!("{hostile}\n"), fields: vec![(hostile.clone(), hostile.clone())] };
+        let record = Attempt {
+            verdict: Verdict::Trap,
+            started_at: crate::event::micros(1_700_000_000_000_001),
+            duration_us: u64::from(u32::MAX) * 2,
+            worker: hostile.as_str().into(),
+            error: Some(Fault { details: vec![(hostile.clone(), "\t".into())], ..Fault::new("code", &*hostile) }),
+            reply: Some(Reply { content_type: "image/png".into(), body: vec![0, 255, 7].into() }),
+            trace: Trace {
+                digest: None,
+                fuel: Some(u64::MAX >> 1),
+                peak_memory: Some(0),
+                log: vec![line],
+                backtrace: vec![hostile],
+            },
+            ..attempt(&lease, Verdict::Trap)
+        };
+        let settlement = Settlement { attempt: Some(record.clone()), ..ended(&lease, retry(0)) };
+        assert!(matches!(scene.settle(settlement).await, Settled::Done { .. }));
+        expected.push(record);
+    }
+    let delivery = scene.delivery(&id).await;
+    assert_eq!(delivery.attempts, expected);
+    assert_eq!(delivery.error.as_deref(), Some(&*expected[10].error.as_ref().unwrap().to_string()));
+    assert!(EventId::parse(id.as_str()).is_ok());
+}

@@ -1,0 +1,4 @@
+//! What tests share: real servers of our own, and a checker of what they promised.
+
+pub(crate) mod history;
+pub(crate) mod server;
