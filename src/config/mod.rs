@@ -173,6 +173,9 @@ impl Config {
         settings.extend(sources.flags.iter().cloned());
         let origin = sources.file.as_ref().map(|file| file.display().to_string());
         let mut config: Self = tree::read(base, &settings, origin.as_deref())?;
+        if let Some(filter) = sources.variable("RUST_LOG").filter(|filter| !filter.is_empty()) {
+            filter.clone_into(&mut config.log.filter);
+        }
         config.instance_id = instance::resolve(&config.instance_id, |name| sources.variable(name).map(str::to_owned))?;
         config.broker.instance_id.clone_from(&config.instance_id);
         config.broker.max_payload = config.limits.max_payload.as_u64();
