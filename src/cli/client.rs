@@ -19,6 +19,7 @@ const ANSWER: Duration = Duration::from_secs(60);
 
 /// Which server is asked, and how its answers are shown.
 #[derive(Debug, Clone, clap::Args)]
+#[group(skip)]
 pub(super) struct Args {
     /// The server
     #[arg(long, env = "TIDEGATE_URL", default_value = "http://127.0.0.1:7700", value_name = "URL")]
@@ -34,7 +35,7 @@ pub(super) struct Args {
 /// Why there is no answer to show.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ClientError {
-    #[error("no tidegate answers at {url}: is `tidegate serve` running?")]
+    #[error("no tidegate answers at {url} (is `tidegate serve` running?)")]
     Unreachable {
         url: String,
         #[source]

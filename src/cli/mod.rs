@@ -9,6 +9,7 @@ mod dead;
 mod events;
 mod exit;
 pub mod plugin;
+mod plugins;
 mod publish;
 mod replay;
 mod serve;
@@ -53,7 +54,7 @@ enum Command {
     Replay(replay::Args),
     /// Build, check and inspect plugins; list those that a server runs
     #[command(subcommand)]
-    Plugin(plugin::Command),
+    Plugin(plugins::Command),
     /// Print the configuration that is in force, secrets masked
     Config(config::Args),
 }
@@ -93,7 +94,7 @@ fn run(command: Command) -> Result<Exit> {
         Command::Subscriptions(command) => wait(subscriptions::run(command)),
         Command::Dead(command) => wait(dead::run(command)),
         Command::Replay(args) => wait(replay::run(args)),
-        Command::Plugin(command) => plugin::run(command),
+        Command::Plugin(command) => plugins::run(command),
         Command::Config(args) => config::run(args),
     }
 }
