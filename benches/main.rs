@@ -2,7 +2,12 @@
 //!
 //! `cargo bench` runs all; `cargo bench -- memory` what is named. Ratios are medians of pairs taken within one run.
 
-#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a benchmark that panics has no result")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a benchmark that panics has no result"
+)]
 
 mod memory;
 mod sqlite;

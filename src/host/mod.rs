@@ -1,5 +1,35 @@
 //! The host of plugins: what a component is and asks for, how it is built, and how it runs.
+//!
+//! A plugin is a WebAssembly component under a name, loaded by a [`Host`] as a [`Handler`](crate::Handler): a fresh
+//! instance per event, within limits, with no power but what the operator granted. The host has never heard of a
+//! database or a broker: key-value data is read through the [`Call`](crate::Call), and what an attempt writes and
+//! publishes leaves in its [`Outcome`](crate::handler::Outcome).
+//!
+//! From the inside out: `instance` is one attempt, `imports` what the guest can ask for during it, `load` makes something
+//! callable of bytes, as `grants` decides, `registry` keeps what is active, and `reload` follows a folder.
 
 pub mod component;
 pub mod guest;
 pub mod manifest;
+mod options;
+mod limits;
+mod grants;
+mod bindings;
+mod log;
+mod convert;
+mod wasi;
+mod imports;
+mod cache;
+mod engine;
+mod instance;
+mod load;
+mod registry;
+mod reload;
+
+pub use limits::Limits;
+pub use options::{Options, PluginOptions};
+pub use registry::{Checked, Host, Plugin, PluginStatus, Refusal, VersionStatus, check};
+pub use reload::{Change, Folder};
+
+#[cfg(test)]
+mod tests;

@@ -318,7 +318,8 @@ pub struct Settlement {
 pub enum Settled {
     /// Applied.
     Done {
-        /// Whether other deliveries of the event are still open.
+        /// Whether deliveries of the event are still open after this settlement: of those that end an event's last
+        /// deliveries, also within one batch, exactly one is answered `false`.
         event_open: bool,
     },
     /// The lease is no longer held: nothing changed.

@@ -631,3 +631,28 @@ async fn a_settlement_after_its_lease_has_gone_is_refused_and_counted() {
     assert_eq!(rig.broker.stats().await.unwrap().stale_settlements, 1);
     assert!(rig.provider.get(published.id.as_str()).await.unwrap().is_none());
 }
+
+/// On real threads, where hints, claims and workers race.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_forgotten_when_publishers_and_workers_race() {
+    const EVENTS: usize = 20_000;
+    let memory = memory::Options { max_events: 2 * EVENTS as u64, ..memory::Options::default() };
+    let rig = Rig::with(options(), memory).await;
+    let (handled, all) = (calls(), Arc::new(Notify::new()));
+    let handler = {
+        let (handled, all) = (Arc::clone(&handled), Arc::clone(&all));
+        native(move |_| {
+            if handled.fetch_add(1, Ordering::SeqCst) + 1 == EVENTS {
+                all.notify_one();
+            }
+            async { Ok(()) }
+        })
+    };
+    rig.on("all", "*", handler).await;
+    for _ in 0..EVENTS {
+        rig.broker.publish(event("a.b")).await.unwrap();
+    }
+    if tokio::time::timeout(Duration::from_secs(20), all.notified()).await.is_err() {
+        panic!("{} of {EVENTS} handled; {:?}", handled.load(Ordering::SeqCst), rig.broker.stats().await.unwrap());
+    }
+}

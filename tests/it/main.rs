@@ -4,5 +4,6 @@
 
 mod broker;
 mod crash;
+mod host;
 mod house;
 mod support;

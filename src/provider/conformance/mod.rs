@@ -97,6 +97,7 @@ claims! {
         a_refusal_is_a_dead_letter_at_once,
         a_stale_token_changes_nothing,
         a_lease_taken_away_cannot_be_settled,
+        one_settlement_closes_an_event,
         each_settlement_of_a_batch_stands_for_itself,
         what_a_success_publishes_and_writes_commits_with_it,
         published_events_are_idempotent_by_id,

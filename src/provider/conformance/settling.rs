@@ -138,6 +138,20 @@ pub async fn a_lease_taken_away_cannot_be_settled(scene: Scene) {
     assert_eq!(scene.provider.renew(&[lease.key], LEASE).await.unwrap(), [false]);
 }
 
+/// Whoever waits for an event hears once that it is finished.
+pub async fn one_settlement_closes_an_event(scene: Scene) {
+    scene.add(2, &["s", "t", "u"]).await;
+    let mut leases = Vec::new();
+    for subscription in ["s", "t", "u"] {
+        leases.extend(scene.claim(subscription, 9).await);
+    }
+    let nexts = [Next::Complete, Next::Fail, Next::Complete, Next::Complete, Next::Fail, retry(0)];
+    let batch = leases.iter().zip(nexts).map(|(lease, next)| ended(lease, next)).collect();
+    let settled = scene.provider.settle(batch).await.unwrap();
+    let open: Vec<bool> = settled.iter().map(|one| *one == Settled::Done { event_open: true }).collect();
+    assert_eq!(open, [true, true, true, true, false, true]);
+}
+
 /// One stale or refused settlement does not hold back its neighbours.
 pub async fn each_settlement_of_a_batch_stands_for_itself(scene: Scene) {
     scene.add(5, &["s"]).await;

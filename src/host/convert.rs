@@ -1,0 +1,132 @@
+//! Between our own types and those that guests see.
+//!
+//! Whatever comes from a guest is bounded here, because it is stored and shown.
+
+use std::time::Duration;
+
+use super::bindings::tidegate::plugin::types;
+use super::log::cut;
+use crate::delivery::{Fault, Reply};
+use crate::event::Event;
+
+/// The longest code of a fault, in bytes.
+const MAX_CODE: usize = 128;
+
+/// The longest message of a fault, and the longest name or value in its details.
+const MAX_MESSAGE: usize = 4 << 10;
+
+/// The most details of a fault.
+const MAX_DETAILS: usize = 32;
+
+/// The event as guests see it.
+pub(super) fn guest_event(event: &Event) -> types::Event {
+    types::Event {
+        id: event.id.to_string(),
+        sequence: event.seq.unwrap_or_default(),
+        type_: event.event_type.to_string(),
+        source: event.source.as_str().to_owned(),
+        created_at_ms: u64::try_from(event.created_at.as_millisecond()).unwrap_or_default(),
+        content_type: event.payload.content_type().to_owned(),
+        payload: event.payload.bytes().to_vec(),
+        attributes: attributes(event),
+    }
+}
+
+fn attributes(event: &Event) -> types::Attributes {
+    let known = [
+        ("schema", event.schema.as_deref()),
+        ("entity", event.entity.as_deref()),
+        ("operation", event.operation.as_deref()),
+        ("key", event.key.as_deref()),
+        ("session-id", event.session_id.as_deref()),
+        ("instance-id", Some(&*event.instance_id).filter(|id| !id.is_empty())),
+        ("trace-parent", event.trace_parent.as_deref()),
+        ("caused-by", event.caused_by.as_ref().map(crate::event::EventId::as_str)),
+    ];
+    let known = known.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())));
+    let user = event.user_id.iter().map(|user| ("user-id".to_owned(), user.to_string()));
+    let metadata = event.metadata.iter().map(|(name, value)| (format!("metadata.{name}"), value.to_string()));
+    known.chain(user).chain(metadata).collect()
+}
+
+/// What a guest replied.
+pub(super) fn reply(reply: types::Reply) -> Reply {
+    let mut content_type = reply.content_type;
+    cut(&mut content_type, crate::event::MAX_TEXT);
+    Reply { content_type, body: reply.body.into() }
+}
+
+/// A guest's fault and the delay it asks for, if any.
+pub(super) fn retry(retry: types::Retry) -> (Fault, Option<Duration>) {
+    (fault(retry.fault), retry.after_ms.map(|ms| Duration::from_millis(ms.into())))
+}
+
+/// A guest's fault, cut to a size that can be stored.
+pub(super) fn fault(fault: types::Fault) -> Fault {
+    let types::Fault { mut code, mut message, mut details } = fault;
+    cut(&mut code, MAX_CODE);
+    cut(&mut message, MAX_MESSAGE);
+    details.truncate(MAX_DETAILS);
+    for (name, value) in &mut details {
+        cut(name, MAX_MESSAGE);
+        cut(value, MAX_MESSAGE);
+    }
+    Fault { code, message, details }
+}
+
+/// A refusal that the guest can read and act on.
+pub(super) fn refusal(code: &str, message: impl Into<String>) -> types::Fault {
+    types::Fault { code: code.to_owned(), message: message.into(), details: Vec::new() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{EventId, EventType, Payload, Source, UserId};
+
+    fn event() -> Event {
+        Event::new(Source::Database, EventType::parse("shop.orders.create").unwrap(), Payload::json(&1).unwrap())
+    }
+
+    #[test]
+    fn what_is_known_of_an_event_travels_in_its_attributes() {
+        let mut event = event();
+        event.seq = Some(7);
+        event.key = Some("c1".into());
+        event.user_id = Some(UserId::Number(42));
+        event.caused_by = Some(EventId::parse("cause").unwrap());
+        event.instance_id = "node-1".into();
+        event.metadata.insert("tags".into(), serde_json::json!(["a", 1]));
+        event.metadata.insert("note".into(), serde_json::json!("text"));
+        let guest = guest_event(&event);
+        let value = |name: &str| guest.attributes.iter().find(|(known, _)| known == name).map(|(_, value)| &**value);
+        assert_eq!(guest.sequence, 7);
+        assert_eq!(guest.source, "database");
+        assert_eq!(guest.payload, b"1");
+        for (name, expected) in [
+            ("schema", Some("shop")),
+            ("entity", Some("orders")),
+            ("operation", Some("create")),
+            ("key", Some("c1")),
+            ("user-id", Some("42")),
+            ("instance-id", Some("node-1")),
+            ("caused-by", Some("cause")),
+            ("metadata.tags", Some("[\"a\",1]")),
+            ("metadata.note", Some("\"text\"")),
+            ("session-id", None),
+            ("trace-parent", None),
+        ] {
+            assert_eq!(value(name), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_a_guest_says_is_cut_to_a_size() {
+        let long = "x".repeat(1 << 20);
+        let details = vec![(long.clone(), long.clone()); 100];
+        let fault = fault(types::Fault { code: long.clone(), message: long, details });
+        assert!(fault.code.len() <= MAX_CODE && fault.message.len() <= MAX_MESSAGE);
+        assert_eq!(fault.details.len(), MAX_DETAILS);
+        assert!(fault.details.iter().all(|(name, value)| name.len().max(value.len()) <= MAX_MESSAGE));
+    }
+}

@@ -1,0 +1,266 @@
+//! What a plugin may do: its requests against the operator's grants, and its imports against its requests.
+//!
+//! Pure decisions, closed by default: what nobody requested is not linked, and what nobody granted keeps the plugin
+//! from being loaded at all, with the line to add to the configuration.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::bindings::{HANDLER, MAJOR, PACKAGE};
+use super::component::Interface;
+use super::manifest::{Capabilities, Manifest};
+use super::options::PluginOptions;
+use crate::event::EventType;
+use crate::pattern::Pattern;
+
+/// What a loaded plugin may do.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Powers {
+    /// Buckets that it may read and write.
+    pub(super) kv: BTreeSet<String>,
+    /// Types that it may publish.
+    pub(super) events: Vec<Pattern>,
+    /// Its settings: every key that it may ask for, with the value where the operator gave one.
+    pub(super) config: BTreeMap<String, Option<String>>,
+    /// Whether it was built for WASI, and is given a WASI in which nothing is granted.
+    pub(super) wasi: bool,
+}
+
+impl Powers {
+    /// Whether it may publish events of this type.
+    pub(super) fn may_publish(&self, event_type: &EventType) -> bool {
+        self.events.iter().any(|pattern| pattern.matches(event_type))
+    }
+}
+
+/// What a plugin with this manifest and interface may do under these options.
+///
+/// # Errors
+/// Words that name the import or the missing grant, and what to add where.
+pub(super) fn decide(
+    manifest: &Manifest,
+    interface: &Interface,
+    options: &PluginOptions,
+) -> std::result::Result<Powers, String> {
+    check_exports(&interface.exports)?;
+    check_grants(manifest, &options.grants)?;
+    for import in &interface.imports {
+        check_import(import, &manifest.capabilities)?;
+    }
+    let requested = &manifest.capabilities;
+    let value = |key: &String| (key.clone(), options.config.get(key).cloned());
+    Ok(Powers {
+        kv: requested.kv.iter().cloned().collect(),
+        events: requested.events.clone(),
+        config: requested.config.iter().map(value).collect(),
+        wasi: interface.imports.iter().any(|import| import.starts_with("wasi:")),
+    })
+}
+
+/// The name of an interface in parts: `wasi:io/poll@0.2.6` is `("wasi:io", "poll", "0.2.6")`.
+fn parts(name: &str) -> (&str, &str, &str) {
+    let (path, version) = name.split_once('@').unwrap_or((name, ""));
+    let (package, interface) = path.split_once('/').unwrap_or((path, ""));
+    (package, interface, version)
+}
+
+fn is_served(version: &str) -> bool {
+    version.split('.').next() == Some(MAJOR)
+}
+
+fn other_major(version: &str) -> String {
+    format!(
+        "was built for {PACKAGE} {version}, and this host serves {MAJOR}.x: \
+         build it against that version, or run it on a tidegate that serves {version}"
+    )
+}
+
+/// A plugin exports the handler. What exports something else is told what it is.
+pub(super) fn check_exports(exports: &[String]) -> std::result::Result<(), String> {
+    let mut versions = exports.iter().filter(|name| parts(name).0 == PACKAGE).map(|name| parts(name).2);
+    if exports.iter().any(|name| name.split('@').next() == Some(HANDLER) && is_served(parts(name).2)) {
+        return Ok(());
+    }
+    if let Some(version) = versions.find(|version| !is_served(version)) {
+        return Err(other_major(version));
+    }
+    if exports.iter().any(|name| name.starts_with("wasi:cli/run@")) {
+        return Err(format!(
+            "is a WASI command and not a plugin: it has to export {HANDLER} instead of a main function"
+        ));
+    }
+    let exported = match exports {
+        [] => "nothing".to_owned(),
+        names => names.join(", "),
+    };
+    Err(format!(
+        "exports {exported}, but a plugin exports {HANDLER}@{MAJOR}.0.0: \
+         generate its bindings for the world {PACKAGE}/plugin"
+    ))
+}
+
+/// Everything that is requested must be granted.
+fn check_grants(manifest: &Manifest, grants: &Capabilities) -> std::result::Result<(), String> {
+    let requested = &manifest.capabilities;
+    let missing = [
+        line("kv", requested.kv.iter().filter(|name| !grants.kv.contains(name))),
+        line("events", requested.events.iter().filter(|wish| !is_covered(wish, &grants.events)).map(Pattern::as_str)),
+        line("config", requested.config.iter().filter(|key| !grants.config.contains(key))),
+        line("http", requested.http.iter().filter(|origin| !grants.http.contains(origin))),
+    ];
+    let missing: Vec<String> = missing.into_iter().flatten().collect();
+    match missing.as_slice() {
+        [] => Ok(()),
+        lines => Err(format!(
+            "requests what is not granted: if it may, add {} to [plugins.{}.grants] in the configuration",
+            lines.join(" and "),
+            manifest.name
+        )),
+    }
+}
+
+fn line<T: ToString>(capability: &str, missing: impl Iterator<Item = T>) -> Option<String> {
+    let names: Vec<String> = missing.map(|name| format!("{:?}", name.to_string())).collect();
+    (!names.is_empty()).then(|| format!("{capability} = [{}]", names.join(", ")))
+}
+
+/// A wish is covered by the same pattern, by one for everything, or, when it is a plain type, by one that matches it.
+fn is_covered(wish: &Pattern, grants: &[Pattern]) -> bool {
+    let plain = EventType::parse(wish.as_str()).ok();
+    grants.iter().any(|grant| {
+        grant.as_str() == wish.as_str()
+            || matches!(grant.as_str(), "*" | "**")
+            || plain.as_ref().is_some_and(|event_type| grant.matches(event_type))
+    })
+}
+
+fn check_import(import: &str, requested: &Capabilities) -> std::result::Result<(), String> {
+    let (package, interface, version) = parts(import);
+    match (package, interface) {
+        (PACKAGE, _) if !is_served(version) => Err(other_major(version)),
+        (PACKAGE, "types" | "delivery" | "log") => Ok(()),
+        (PACKAGE, "config") => needs_request(import, "config", "the settings", requested.config.is_empty()),
+        (PACKAGE, "events") => needs_request(import, "events", "the types", requested.events.is_empty()),
+        (PACKAGE, "kv") => needs_request(import, "kv", "the buckets", requested.kv.is_empty()),
+        (PACKAGE, _) => Err(format!("imports {import}, which this host does not have: run it on a newer tidegate")),
+        ("wasi:http", _) => Err(format!("imports {import}: outbound HTTP is not offered by this version of tidegate")),
+        ("wasi:cli" | "wasi:clocks" | "wasi:filesystem" | "wasi:io" | "wasi:random" | "wasi:sockets", _) => {
+            match version.starts_with("0.2.") {
+                true => Ok(()),
+                false => Err(format!("imports {import}, and this host serves WASI 0.2: build it for wasm32-wasip2")),
+            }
+        }
+        _ => Err(format!(
+            "imports {import}, which this host does not offer: a plugin may import {PACKAGE} interfaces and WASI 0.2"
+        )),
+    }
+}
+
+fn needs_request(import: &str, key: &str, what: &str, is_empty: bool) -> std::result::Result<(), String> {
+    match is_empty {
+        false => Ok(()),
+        true => Err(format!(
+            "imports {import} without requesting it: name {what} that it uses as {key} = [...] \
+             under [capabilities] in its plugin.toml"
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HANDLE: &str = "tidegate:plugin/handler@1.0.0";
+
+    fn manifest(capabilities: &str) -> Manifest {
+        Manifest::parse(&format!("name = \"totals\"\nversion = \"1.0.0\"\n[capabilities]\n{capabilities}\n")).unwrap()
+    }
+
+    fn options(grants: &str) -> PluginOptions {
+        toml::from_str(&format!("grants = {{ {grants} }}\nconfig = {{ currency = \"EUR\", secret = \"s\" }}")).unwrap()
+    }
+
+    fn decided(imports: &[&str], requests: &str, grants: &str) -> std::result::Result<Powers, String> {
+        let imports = imports.iter().map(|&name| name.to_owned()).collect();
+        let interface = Interface { imports, exports: vec![HANDLE.to_owned()] };
+        decide(&manifest(requests), &interface, &options(grants))
+    }
+
+    /// Invariant 10: a plugin can do nothing that the operator did not grant.
+    #[test]
+    fn a_request_without_a_grant_is_refused_with_the_line_to_add() {
+        let requests = "kv = [\"totals\", \"other\"]\nevents = [\"shop.totals.*\"]";
+        let words = decided(&[], requests, "kv = [\"other\"]").unwrap_err();
+        let line = "add kv = [\"totals\"] and events = [\"shop.totals.*\"] to [plugins.totals.grants]";
+        assert!(words.contains(line), "{words}");
+        assert!(decided(&[], requests, "kv = [\"other\", \"totals\"], events = [\"shop.totals.*\"]").is_ok());
+    }
+
+    #[test]
+    fn an_import_without_a_request_is_refused_by_its_name() {
+        for (interface, key) in [("kv", "kv = "), ("events", "events = "), ("config", "config = ")] {
+            let import = format!("tidegate:plugin/{interface}@1.0.0");
+            let words = decided(&[&import], "", "kv = [\"totals\"], events = [\"**\"]").unwrap_err();
+            assert!(words.contains(&import) && words.contains(key), "{words}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_needed_is_not_given() {
+        let all = "kv = [\"a\", \"b\"], events = [\"**\"], config = [\"currency\", \"secret\"]";
+        let powers = decided(&["tidegate:plugin/config@1.0.0"], "config = [\"currency\"]", all).unwrap();
+        assert_eq!(powers.config, BTreeMap::from([("currency".to_owned(), Some("EUR".to_owned()))]));
+        assert!(powers.kv.is_empty() && powers.events.is_empty() && !powers.wasi);
+    }
+
+    #[test]
+    fn a_grant_covers_its_own_pattern_everything_or_a_plain_type() {
+        let rows = [
+            ("shop.totals.*", "shop.totals.*", true),
+            ("shop.totals.update", "shop.*.update", true),
+            ("shop.totals.*", "*", true),
+            ("shop.totals.*", "**", true),
+            ("shop.totals.*", "shop.**", false),
+            ("*", "shop.**", false),
+            ("shop.totals.update", "shop.orders.*", false),
+        ];
+        for (wish, grant, expected) in rows {
+            let powers = decided(&[], &format!("events = [{wish:?}]"), &format!("events = [{grant:?}]"));
+            assert_eq!(powers.is_ok(), expected, "{wish} under {grant}");
+        }
+    }
+
+    #[test]
+    fn imports_that_cannot_be_served_are_refused_in_words() {
+        let rows = [
+            ("tidegate:plugin/log@2.1.0", "built for tidegate:plugin 2.1.0, and this host serves 1.x"),
+            ("tidegate:plugin/mail@1.4.0", "run it on a newer tidegate"),
+            ("wasi:http/outgoing-handler@0.2.6", "outbound HTTP"),
+            ("wasi:cli/stdout@0.3.0", "WASI 0.2"),
+            ("acme:db/query@1.0.0", "acme:db/query@1.0.0, which this host does not offer"),
+            ("now", "now, which this host does not offer"),
+        ];
+        for (import, words) in rows {
+            let refused = decided(&[import], "", "").unwrap_err();
+            assert!(refused.contains(words), "{refused}");
+        }
+        let free = ["tidegate:plugin/types@1.0.0", "tidegate:plugin/delivery@1.0.0", "tidegate:plugin/log@1.2.0"];
+        assert_eq!(decided(&free, "", ""), Ok(Powers::default()));
+        assert!(decided(&["wasi:clocks/wall-clock@0.2.3"], "", "").unwrap().wasi);
+    }
+
+    #[test]
+    fn a_component_of_another_world_is_told_what_it_is() {
+        let rows: [(&[&str], &str); 4] = [
+            (&[], "exports nothing, but a plugin exports tidegate:plugin/handler@1.0.0"),
+            (&["acme:web/serve@0.1.0"], "exports acme:web/serve@0.1.0, but a plugin"),
+            (&["wasi:cli/run@0.2.6"], "WASI command"),
+            (&["tidegate:plugin/handler@2.0.0"], "built for tidegate:plugin 2.0.0"),
+        ];
+        for (exports, words) in rows {
+            let exports: Vec<String> = exports.iter().map(|&name| name.to_owned()).collect();
+            let refused = check_exports(&exports).unwrap_err();
+            assert!(refused.contains(words), "{refused}");
+        }
+        assert!(check_exports(&["memory".to_owned(), "tidegate:plugin/handler@1.3.0".to_owned()]).is_ok());
+    }
+}

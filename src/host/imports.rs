@@ -1,0 +1,329 @@
+//! What a guest can ask of the host during an attempt, and the linker that offers it.
+//!
+//! Nothing is carried out here: events and writes are collected as [`Effects`], and reads of key-value data go through
+//! the [`Call`]. A request that breaks a rule is answered with a fault that the guest can read:
+//! `denied` (not granted), `invalid-…`, `too-large` or `too-many`. Only what cannot be answered so ends the attempt: a
+//! setting that was never requested ([`Stop::Denied`]) and a store that cannot be read ([`Stop::HostFault`]).
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use wasmtime::component::{HasSelf, Linker};
+use wasmtime_wasi::{WasiCtxView, WasiView};
+
+use super::bindings::tidegate::plugin::types::{Attributes, Fault};
+use super::bindings::tidegate::plugin::{config, delivery, events, kv, log, types};
+use super::convert::refusal;
+use super::grants::Powers;
+use super::limits::{Limits, Meter, bytes};
+use super::log::Log;
+use super::wasi::Wasi;
+use crate::delivery::{KvChange, KvWrite, LogLine};
+use crate::event::{EventId, EventType, MAX_TEXT, Metadata, Payload, short_text};
+use crate::handler::{Call, Effects, Publish};
+
+/// The most key-value writes of one attempt.
+const MAX_WRITES: usize = 1_000;
+
+/// What all events and values of one attempt may hold together, in bytes: it waits in memory for the attempt's end.
+const MAX_EFFECTS: usize = 8 << 20;
+
+/// Why a host function ended the attempt.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Stop {
+    /// The guest did what it was not granted, where it cannot be told otherwise.
+    #[error("{0}")]
+    Denied(String),
+    /// The host could not do what it offers.
+    #[error("{0}")]
+    HostFault(crate::error::Error),
+}
+
+/// What is fixed for all attempts of a plugin.
+pub(super) struct Terms {
+    pub(super) name: Arc<str>,
+    pub(super) digest: Arc<str>,
+    pub(super) powers: Powers,
+    pub(super) limits: Limits,
+}
+
+/// What a store holds: one attempt.
+pub(super) struct State {
+    pub(super) meter: Meter,
+    pub(super) log: Log,
+    pub(super) effects: Effects,
+    terms: Arc<Terms>,
+    call: Call,
+    deadline: Instant,
+    /// This attempt's own writes: a value, or `None` for deleted.
+    written: HashMap<(String, String), Option<Bytes>>,
+    held: usize,
+    wasi: Option<Wasi>,
+}
+
+impl State {
+    pub(super) fn new(terms: &Arc<Terms>, call: Call, deadline: Instant) -> Self {
+        let log = Log::new(&terms.name, &call, bytes(terms.limits.log));
+        Self {
+            meter: Meter::new(bytes(terms.limits.memory)),
+            log,
+            effects: Effects::default(),
+            terms: Arc::clone(terms),
+            call,
+            deadline,
+            written: HashMap::new(),
+            held: 0,
+            wasi: None,
+        }
+    }
+
+    /// The collection that a bucket is, once it is known to be granted.
+    fn collection(&self, bucket: &str) -> Result<String, Fault> {
+        if !self.terms.powers.kv.contains(bucket) {
+            return Err(denied("kv bucket", bucket, "kv"));
+        }
+        Ok(format!("kv/{}/{bucket}", self.terms.name))
+    }
+
+    /// Exclusive although it only reads: WASI's parts cannot be shared between threads, and this waits.
+    async fn read(&mut self, collection: &str, key: &str) -> wasmtime::Result<Option<Bytes>> {
+        // A tuple of borrowed strings is no key of the map; the clones are small beside the read.
+        if let Some(own) = self.written.get(&(collection.to_owned(), key.to_owned())) {
+            return Ok(own.clone());
+        }
+        Ok(self.call.kv.get(collection, key).await.map_err(Stop::HostFault)?)
+    }
+
+    fn write(&mut self, bucket: String, key: String, change: KvChange, now: Option<Bytes>) -> Result<(), Fault> {
+        if self.effects.writes.len() >= MAX_WRITES {
+            return Err(refusal("too-many", format!("an attempt may write {MAX_WRITES} times")));
+        }
+        self.hold(now.as_ref().map_or(0, Bytes::len))?;
+        self.written.insert((bucket.clone(), key.clone()), now);
+        self.effects.writes.push(KvWrite { bucket, key, change });
+        Ok(())
+    }
+
+    fn hold(&mut self, more: usize) -> Result<(), Fault> {
+        let held = self.held.saturating_add(more);
+        if held > MAX_EFFECTS {
+            let words = format!("what an attempt publishes and writes may have {MAX_EFFECTS} bytes together");
+            return Err(refusal("too-large", words));
+        }
+        self.held = held;
+        Ok(())
+    }
+
+    fn publish(&mut self, publish: Publish) -> Result<String, Fault> {
+        if !self.terms.powers.may_publish(&publish.event_type) {
+            return Err(denied("event type", publish.event_type.as_str(), "events"));
+        }
+        let index = self.effects.published.len();
+        let limit = self.terms.limits.published_events;
+        if u32::try_from(index).is_ok_and(|index| index >= limit) {
+            return Err(refusal("too-many", format!("an attempt may publish {limit} events")));
+        }
+        self.hold(publish.payload.bytes().len())?;
+        self.effects.published.push(publish);
+        Ok(EventId::caused(&self.call.event.id, &self.call.subscription, index).to_string())
+    }
+}
+
+fn denied(what: &str, name: &str, capability: &str) -> Fault {
+    let words = format!("{what} {name:?} is not granted: request it in plugin.toml, under capabilities.{capability}");
+    refusal("denied", words)
+}
+
+fn check_key(key: &str) -> Result<(), Fault> {
+    match short_text("key", key) {
+        Ok(()) if !key.is_empty() => Ok(()),
+        _ => Err(refusal("invalid-key", format!("key must have 1–{MAX_TEXT} printable characters"))),
+    }
+}
+
+/// What a guest wants published, checked.
+fn publish(event_type: &str, content_type: &str, body: Vec<u8>, attributes: Attributes) -> Result<Publish, Fault> {
+    let event_type = EventType::parse(event_type).map_err(|error| refusal("invalid-type", error.to_string()))?;
+    let payload = Payload::new(content_type, body).map_err(|error| refusal("invalid-payload", error.to_string()))?;
+    let mut publish = Publish { event_type, payload, key: None, metadata: Metadata::new() };
+    for (name, value) in attributes {
+        attribute(&mut publish, &name, value)?;
+    }
+    Ok(publish)
+}
+
+fn attribute(publish: &mut Publish, name: &str, value: String) -> Result<(), Fault> {
+    let invalid = |words: String| Err(refusal("invalid-attribute", words));
+    match (name, name.strip_prefix("metadata.")) {
+        ("key", _) => match check_key(&value) {
+            Ok(()) => publish.key = Some(value.into()),
+            Err(fault) => return Err(fault),
+        },
+        (_, Some(entry)) => match serde_json::from_str(&value) {
+            Ok(json) => drop(publish.metadata.insert(entry.to_owned(), json)),
+            Err(error) => return invalid(format!("{name} is not JSON: {error}")),
+        },
+        _ => return invalid(format!("{name:?} is unknown: an event takes key and metadata.<name>")),
+    }
+    Ok(())
+}
+
+impl types::Host for State {}
+
+impl delivery::Host for State {
+    fn subscription(&mut self) -> wasmtime::Result<String> {
+        Ok(self.call.subscription.to_string())
+    }
+
+    fn attempt(&mut self) -> wasmtime::Result<u32> {
+        Ok(self.call.attempt)
+    }
+
+    fn max_attempts(&mut self) -> wasmtime::Result<u32> {
+        Ok(self.call.max_attempts)
+    }
+
+    fn remaining_ms(&mut self) -> wasmtime::Result<u64> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        Ok(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
+    }
+
+    fn idempotency_key(&mut self) -> wasmtime::Result<String> {
+        Ok(self.call.idempotency_key())
+    }
+
+    fn is_replay(&mut self) -> wasmtime::Result<bool> {
+        Ok(self.call.is_replay)
+    }
+}
+
+impl log::Host for State {
+    fn emit(&mut self, level: u8, message: String, fields: Attributes) -> wasmtime::Result<()> {
+        self.log.add(LogLine { level, message, fields });
+        Ok(())
+    }
+}
+
+impl config::Host for State {
+    fn get(&mut self, key: String) -> wasmtime::Result<Option<String>> {
+        match self.terms.powers.config.get(&key) {
+            Some(value) => Ok(value.clone()),
+            None => Err(Stop::Denied(format!(
+                "setting {} is not granted: request it in plugin.toml, under capabilities.config",
+                crate::error::quote(&key)
+            ))
+            .into()),
+        }
+    }
+}
+
+impl events::Host for State {
+    fn publish(
+        &mut self,
+        event_type: String,
+        content_type: String,
+        payload: Vec<u8>,
+        attributes: Attributes,
+    ) -> wasmtime::Result<Result<String, Fault>> {
+        Ok(publish(&event_type, &content_type, payload, attributes).and_then(|publish| self.publish(publish)))
+    }
+}
+
+impl kv::Host for State {
+    async fn get(&mut self, bucket: String, key: String) -> wasmtime::Result<Result<Option<Vec<u8>>, Fault>> {
+        match self.collection(&bucket).and_then(|collection| check_key(&key).map(|()| collection)) {
+            Ok(collection) => Ok(Ok(self.read(&collection, &key).await?.map(Vec::from))),
+            Err(fault) => Ok(Err(fault)),
+        }
+    }
+
+    fn set(
+        &mut self,
+        bucket: String,
+        key: String,
+        value: Vec<u8>,
+        ttl_s: Option<u32>,
+    ) -> wasmtime::Result<Result<(), Fault>> {
+        Ok(self.set(&bucket, key, value.into(), ttl_s))
+    }
+
+    fn delete(&mut self, bucket: String, key: String) -> wasmtime::Result<Result<(), Fault>> {
+        Ok(self.delete(&bucket, key))
+    }
+
+    async fn increment(&mut self, bucket: String, key: String, by: i64) -> wasmtime::Result<Result<i64, Fault>> {
+        let collection = match self.collection(&bucket).and_then(|collection| check_key(&key).map(|()| collection)) {
+            Ok(collection) => collection,
+            Err(fault) => return Ok(Err(fault)),
+        };
+        let before = self.read(&collection, &key).await?;
+        Ok(self.increment(collection, key, before.as_deref(), by))
+    }
+}
+
+impl State {
+    fn set(&mut self, bucket: &str, key: String, value: Bytes, ttl_s: Option<u32>) -> Result<(), Fault> {
+        let collection = self.collection(bucket)?;
+        check_key(&key)?;
+        if ttl_s == Some(0) {
+            return Err(refusal("invalid-ttl", "ttl-s must be at least 1: leave it out for a value that stays"));
+        }
+        let ttl = ttl_s.map(|seconds| Duration::from_secs(seconds.into()));
+        self.write(collection, key, KvChange::Set { value: value.clone(), ttl }, Some(value))
+    }
+
+    fn delete(&mut self, bucket: &str, key: String) -> Result<(), Fault> {
+        let collection = self.collection(bucket)?;
+        check_key(&key)?;
+        self.write(collection, key, KvChange::Delete, None)
+    }
+
+    fn increment(&mut self, collection: String, key: String, before: Option<&[u8]>, by: i64) -> Result<i64, Fault> {
+        let sum = sum(before, by).map_err(|words| refusal("invalid-value", format!("value of {key} {words}")))?;
+        self.write(collection, key, KvChange::Increment { by }, Some(sum.to_string().into()))?;
+        Ok(sum)
+    }
+}
+
+fn sum(before: Option<&[u8]>, by: i64) -> Result<i64, &'static str> {
+    let number = match before {
+        None => 0,
+        Some(text) => {
+            std::str::from_utf8(text).ok().and_then(|text| text.parse().ok()).ok_or("is not a decimal integer")?
+        }
+    };
+    i64::checked_add(number, by).ok_or("would not fit into 64 bits")
+}
+
+impl WasiView for State {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        let log = &self.log;
+        self.wasi.get_or_insert_with(|| Wasi::new(log)).view()
+    }
+}
+
+/// A linker that offers exactly what these powers say.
+///
+/// # Errors
+/// Those of the engine, which there are none of as long as no name is added twice.
+pub(super) fn linker(engine: &wasmtime::Engine, powers: &Powers) -> wasmtime::Result<Linker<State>> {
+    let mut linker = Linker::new(engine);
+    types::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
+    delivery::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
+    log::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
+    if !powers.config.is_empty() {
+        config::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
+    }
+    if !powers.events.is_empty() {
+        events::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
+    }
+    if !powers.kv.is_empty() {
+        kv::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
+    }
+    if powers.wasi {
+        wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
+    }
+    Ok(linker)
+}

@@ -1,0 +1,192 @@
+//! One attempt: a fresh instance, a call within its limits, and what came of it.
+//!
+//! An instance serves one event and is dropped with its store, whatever happened. Time is watched twice: the epoch
+//! interrupts a guest that computes, and a timer ends one that waits in a host call.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use wasmtime::{PoolConcurrencyLimitError, Store, Trap, UpdateDeadline, WasmBacktrace};
+use wasmtime_wasi::I32Exit;
+
+use super::bindings::PluginPre;
+use super::bindings::tidegate::plugin::types;
+use super::convert;
+use super::engine::{Engine, TICK};
+use super::imports::{State, Stop, Terms};
+use super::limits::bytes;
+use crate::delivery::{Fault, Trace, Verdict};
+use crate::handler::{Call, Effects, Outcome};
+
+/// How much later than the epoch the timer fires: the epoch knows where the guest was, the timer does not.
+const GRACE: Duration = TICK.saturating_mul(5);
+
+/// A linked component with the terms that it runs under.
+pub(super) struct Prepared {
+    pub(super) pre: PluginPre<State>,
+    pub(super) terms: Arc<Terms>,
+}
+
+/// How a call ended, before anybody judged it.
+enum End {
+    /// The handler returned.
+    Returned(Result<Option<types::Reply>, types::Failure>),
+    /// It could not begin.
+    NotBegun(wasmtime::Error),
+    /// It was ended while it ran.
+    Stopped(wasmtime::Error),
+    /// It was waiting for the host when its time was up.
+    Waiting,
+}
+
+impl Prepared {
+    /// Makes one attempt, within the shorter of the call's timeout and the plugin's own.
+    pub(super) async fn attempt(&self, engine: &Engine, call: Call) -> Outcome {
+        let allowed = call.timeout.min(self.terms.limits.timeout);
+        let began = Instant::now();
+        let Ok(slot) = tokio::time::timeout(allowed, engine.slots().acquire()).await else {
+            let words = format!("no instance became free within {allowed:?}: raise host.instances");
+            return Outcome::failed(Verdict::HostFault, Fault::new("host-busy", words));
+        };
+        let event = convert::guest_event(&call.event);
+        let mut store = self.store(engine, call, began.checked_add(allowed).unwrap_or(began));
+        let left = allowed.saturating_sub(began.elapsed());
+        let end = match tokio::time::timeout(left.saturating_add(GRACE), self.call(&mut store, &event)).await {
+            Ok(end) => end,
+            Err(_) => End::Waiting,
+        };
+        let outcome = self.outcome(end, allowed, store);
+        // Not before the store is gone, and the instance with it.
+        drop(slot);
+        outcome
+    }
+
+    /// A store with all limits armed.
+    fn store(&self, engine: &Engine, call: Call, deadline: Instant) -> Store<State> {
+        let mut store = Store::new(engine.wasmtime(), State::new(&self.terms, call, deadline));
+        store.limiter(|state| &mut state.meter);
+        store.set_epoch_deadline(1);
+        store.epoch_deadline_callback(move |_| {
+            Ok(if Instant::now() < deadline { UpdateDeadline::Yield(1) } else { UpdateDeadline::Interrupt })
+        });
+        if let Err(error) = store.set_fuel(self.terms.limits.fuel) {
+            tracing::error!(error = format!("{error:#}"), "fuel is not measured");
+        }
+        store
+    }
+
+    async fn call(&self, store: &mut Store<State>, event: &types::Event) -> End {
+        let plugin = match self.pre.instantiate_async(&mut *store).await {
+            Ok(plugin) => plugin,
+            Err(error) => return End::NotBegun(error),
+        };
+        match plugin.tidegate_plugin_handler().call_handle(store, event).await {
+            Ok(answer) => End::Returned(answer),
+            Err(error) => End::Stopped(error),
+        }
+    }
+
+    fn outcome(&self, end: End, allowed: Duration, store: Store<State>) -> Outcome {
+        let fuel = self.terms.limits.fuel.saturating_sub(store.get_fuel().unwrap_or_default());
+        let state = store.into_data();
+        let backtrace = match &end {
+            End::NotBegun(error) | End::Stopped(error) => frames(error),
+            End::Returned(_) | End::Waiting => Vec::new(),
+        };
+        let trace = Trace {
+            digest: Some(Arc::clone(&self.terms.digest)),
+            fuel: Some(fuel),
+            peak_memory: u64::try_from(state.meter.peak_memory()).ok(),
+            log: state.log.finish(),
+            backtrace,
+        };
+        let refused = state.meter.has_refused();
+        let outcome = match end {
+            End::Returned(answer) => self.answered(answer, state.effects),
+            End::Waiting => timed_out(allowed),
+            End::Stopped(error) => self.stopped(&error, refused, allowed),
+            End::NotBegun(error) if is_ours(&error) && !refused => {
+                Outcome::failed(Verdict::HostFault, Fault::new("no-instance", format!("{error:#}")))
+            }
+            End::NotBegun(error) => self.stopped(&error, refused, allowed),
+        };
+        Outcome { trace, ..outcome }
+    }
+
+    /// What the handler itself decided.
+    fn answered(&self, answer: Result<Option<types::Reply>, types::Failure>, effects: Effects) -> Outcome {
+        match answer {
+            Ok(reply) => {
+                let reply = reply.map(convert::reply);
+                let (size, limit) = (reply.as_ref().map_or(0, |reply| reply.body.len()), self.terms.limits.reply);
+                if size > bytes(limit) {
+                    let words = format!("reply has {size} bytes, more than the limit of {}", limit.as_u64());
+                    return Outcome::failed(Verdict::Reject, Fault::new("reply-too-large", words));
+                }
+                Outcome { reply, effects, ..Outcome::ok() }
+            }
+            Err(types::Failure::Retry(retry)) => {
+                let (fault, retry_after) = convert::retry(retry);
+                Outcome { retry_after, ..Outcome::failed(Verdict::Retry, fault) }
+            }
+            Err(types::Failure::Reject(fault)) => Outcome::failed(Verdict::Reject, convert::fault(fault)),
+        }
+    }
+
+    /// Why the attempt was ended.
+    fn stopped(&self, error: &wasmtime::Error, refused_memory: bool, allowed: Duration) -> Outcome {
+        let failed = |verdict: Verdict, words: String| Outcome::failed(verdict, Fault::new(verdict.as_str(), words));
+        if let Some(stop) = error.downcast_ref::<Stop>() {
+            return match stop {
+                Stop::Denied(words) => failed(Verdict::Denied, words.clone()),
+                Stop::HostFault(error) => failed(Verdict::HostFault, whole(error)),
+            };
+        }
+        if let Some(I32Exit(status)) = error.downcast_ref::<I32Exit>() {
+            return Outcome::failed(
+                Verdict::Trap,
+                Fault::new("exit", format!("the guest exited with status {status}")),
+            );
+        }
+        let limits = &self.terms.limits;
+        match error.downcast_ref::<Trap>() {
+            Some(Trap::Interrupt) => timed_out(allowed),
+            Some(Trap::OutOfFuel) => failed(Verdict::OutOfFuel, format!("used up its fuel of {}", limits.fuel)),
+            // A guest whose allocation fails usually traps right after, in words of its own language.
+            _ if refused_memory => {
+                failed(Verdict::OutOfMemory, format!("asked for more memory than its limit of {}", limits.memory))
+            }
+            Some(trap) => failed(Verdict::Trap, trap.to_string()),
+            None => failed(Verdict::Trap, format!("{:#}", error.root_cause())),
+        }
+    }
+}
+
+/// Whether an instance is missing for reasons that are not the guest's.
+fn is_ours(error: &wasmtime::Error) -> bool {
+    error.is::<PoolConcurrencyLimitError>() || !(error.is::<Trap>() || error.is::<WasmBacktrace>())
+}
+
+fn timed_out(allowed: Duration) -> Outcome {
+    Outcome::failed(Verdict::Timeout, Fault::new("timeout", format!("the attempt took longer than {allowed:?}")))
+}
+
+/// An error with its causes, in one line.
+fn whole(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+/// Guest frames, innermost first, as `offset - module!function`, with source lines where the guest brought them.
+fn frames(error: &wasmtime::Error) -> Vec<String> {
+    let Some(backtrace) = error.downcast_ref::<WasmBacktrace>() else { return Vec::new() };
+    let text = backtrace.to_string();
+    text.lines().skip(1).map(|line| unnumbered(line.trim_start()).to_owned()).collect()
+}
+
+fn unnumbered(line: &str) -> &str {
+    match line.split_once(": ") {
+        Some((number, frame)) if number.bytes().all(|byte| byte.is_ascii_digit()) => frame.trim_start(),
+        _ => line,
+    }
+}

@@ -1,0 +1,126 @@
+//! From bytes to something that can be called: verify, compare requests with grants, compile, link.
+//!
+//! Each step that fails says in its own words what is wrong and what to do; what the engine says stands after it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use bytesize::ByteSize;
+use wasmtime::component::Component;
+
+use super::bindings::{MAJOR, PACKAGE, PluginPre};
+use super::component::{ComponentError, Interface, interface, manifest};
+use super::engine::Engine;
+use super::grants::{check_exports, decide};
+use super::imports::{Terms, linker};
+use super::instance::Prepared;
+use super::limits::{Limits, bytes as in_bytes};
+use super::manifest::Manifest;
+use super::options::{Options, PluginOptions};
+
+/// A component that can be called.
+pub(super) struct Loaded {
+    pub(super) manifest: Manifest,
+    pub(super) interface: Interface,
+    pub(super) prepared: Prepared,
+}
+
+/// Why a component cannot be called.
+#[derive(Debug)]
+pub(super) struct Refused {
+    /// Its name, if it was known by then.
+    pub(super) plugin: Option<String>,
+    /// What is wrong and what to do.
+    pub(super) reason: String,
+}
+
+/// Verifies, compiles and links a component with this digest.
+///
+/// # Errors
+/// [`Refused`].
+pub(super) async fn load(
+    engine: &Engine,
+    options: &Options,
+    digest: Arc<str>,
+    bytes: Bytes,
+) -> Result<Loaded, Refused> {
+    let (manifest, interface) = verify(&bytes).map_err(|reason| Refused { plugin: None, reason })?;
+    let refuse = |reason: String| Refused { plugin: Some(manifest.name.clone()), reason };
+    let ungranted = PluginOptions::default();
+    let powers = decide(&manifest, &interface, options.plugins.get(&manifest.name).unwrap_or(&ungranted));
+    let powers = powers.map_err(refuse)?;
+    let limits = options.limits_of(&manifest.name).tightened(&manifest.limits);
+    let compiled = engine.compile(&digest, bytes).await;
+    let component = compiled.map_err(|error| refuse(format!("cannot be compiled: {error:#}")))?;
+    check_memory(&component, &limits).map_err(refuse)?;
+    let linked = linker(engine.wasmtime(), &powers).and_then(|linker| linker.instantiate_pre(&component));
+    let pre = linked.and_then(PluginPre::new).map_err(|error| refuse(unfit(&interface, &error)))?;
+    let terms = Terms { name: manifest.name.as_str().into(), digest, powers, limits };
+    Ok(Loaded { manifest, interface, prepared: Prepared { pre, terms: Arc::new(terms) } })
+}
+
+/// What the bytes say about themselves, without running or compiling anything.
+fn verify(bytes: &[u8]) -> Result<(Manifest, Interface), String> {
+    check_format(bytes)?;
+    let interface = interface(bytes).map_err(|error| damaged(bytes, error))?;
+    check_exports(&interface.exports)?;
+    let (manifest, _) = manifest(bytes).map_err(|error| damaged(bytes, error))?;
+    Ok((manifest, interface))
+}
+
+/// The first eight bytes of WebAssembly: the magic number, a version, and what layer it is.
+const COMPONENT: [u8; 8] = *b"\0asm\x0d\0\x01\0";
+const MODULE: [u8; 8] = *b"\0asm\x01\0\0\0";
+
+fn check_format(bytes: &[u8]) -> Result<(), String> {
+    let begins = bytes.get(..COMPONENT.len().min(bytes.len())).unwrap_or_default();
+    if begins == COMPONENT {
+        return Ok(());
+    }
+    Err(if begins == MODULE {
+        "is a core module and not a component: build it with `tidegate plugin build`".to_owned()
+    } else if COMPONENT.starts_with(begins) || MODULE.starts_with(begins) {
+        format!("is cut short: it has {} bytes", bytes.len())
+    } else if begins.starts_with(b"\x7fELF") {
+        "is compiled code, which is never loaded from outside: give the component that it was made from".to_owned()
+    } else if begins.starts_with(b"\0asm") {
+        "is WebAssembly of a version that this host does not know".to_owned()
+    } else {
+        format!("is not WebAssembly: it begins with \"{}\"", begins.escape_ascii())
+    })
+}
+
+fn damaged(bytes: &[u8], error: ComponentError) -> String {
+    match error {
+        // wasmparser asks for more bytes exactly where they end too soon.
+        ComponentError::Damaged(error) if error.message().contains("unexpected end") => {
+            format!("is cut short: a section goes on after its last byte, {}", bytes.len())
+        }
+        ComponentError::Damaged(error) => format!("is damaged at byte {}: {}", error.offset(), error.message()),
+        other => other.to_string(),
+    }
+}
+
+fn check_memory(component: &Component, limits: &Limits) -> Result<(), String> {
+    const PAGE: u64 = 64 << 10;
+    let pages = component.resources_required().and_then(|needed| needed.max_initial_memory_size).unwrap_or(0);
+    let needed = ByteSize(pages.saturating_mul(PAGE));
+    match usize::try_from(needed.as_u64()) {
+        Ok(needed) if needed <= in_bytes(limits.memory) => Ok(()),
+        _ => Err(format!(
+            "begins with {needed} of memory, more than its limit of {}: raise limits.memory",
+            limits.memory
+        )),
+    }
+}
+
+/// What a linker means when it says "wrong type".
+fn unfit(interface: &Interface, error: &wasmtime::Error) -> String {
+    let ours = interface.imports.iter().chain(&interface.exports).filter(|name| name.starts_with(PACKAGE));
+    let names: Vec<&str> = ours.map(String::as_str).collect();
+    format!(
+        "uses {} in a shape that differs from {PACKAGE} {MAJOR}.x as this host serves it: build it again with the \
+         plugin.wit of this version (the engine says: {error:#})",
+        names.join(", ")
+    )
+}

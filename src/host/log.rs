@@ -1,0 +1,234 @@
+//! What a guest logs during one attempt: the end of it kept with the attempt, all of it up to a limit in the log.
+//!
+//! Shared between the plugin's own `log` calls and what WASI guests write to stdout and stderr.
+
+use std::collections::VecDeque;
+use std::mem;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::delivery::LogLine;
+use crate::handler::Call;
+
+/// Levels as guests number them.
+pub(super) const INFO: u8 = 2;
+/// See [`INFO`].
+pub(super) const WARN: u8 = 3;
+
+/// What a line costs besides its text, so that empty lines are bounded too.
+const LINE: usize = 16;
+
+/// A line without an end is cut here.
+const MAX_LINE: usize = 8 << 10;
+
+/// The log of one attempt. A clone shares it.
+#[derive(Clone)]
+pub(super) struct Log {
+    tail: Arc<Mutex<Tail>>,
+}
+
+/// Whose log it is, for the host's own.
+struct Owner {
+    plugin: Arc<str>,
+    event: String,
+    subscription: Arc<str>,
+    attempt: u32,
+}
+
+struct Tail {
+    owner: Owner,
+    limit: usize,
+    lines: VecDeque<LogLine>,
+    kept: usize,
+    cut: usize,
+    seen: usize,
+    /// What was written to stdout and stderr since the last end of a line.
+    open: [(u8, Vec<u8>); 2],
+}
+
+impl Log {
+    /// An empty log of `call`, of which `limit` bytes are kept.
+    pub(super) fn new(plugin: &Arc<str>, call: &Call, limit: usize) -> Self {
+        let owner = Owner {
+            plugin: Arc::clone(plugin),
+            event: call.event.id.to_string(),
+            subscription: Arc::clone(&call.subscription),
+            attempt: call.attempt,
+        };
+        let open = [(INFO, Vec::new()), (WARN, Vec::new())];
+        let tail = Tail { owner, limit, lines: VecDeque::new(), kept: 0, cut: 0, seen: 0, open };
+        Self { tail: Arc::new(Mutex::new(tail)) }
+    }
+
+    /// Adds a line.
+    pub(super) fn add(&self, line: LogLine) {
+        self.lock().add(line);
+    }
+
+    /// Adds what was written to the stream whose lines have this level; each full line becomes one.
+    pub(super) fn write(&self, level: u8, bytes: &[u8]) {
+        self.lock().write(level, bytes);
+    }
+
+    /// The end of the log, and a first line that says so where earlier ones were cut.
+    pub(super) fn finish(&self) -> Vec<LogLine> {
+        self.lock().finish()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Tail> {
+        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tail {
+    fn add(&mut self, mut line: LogLine) {
+        shorten(&mut line, self.limit);
+        self.show(&line);
+        self.kept = self.kept.saturating_add(size(&line));
+        self.lines.push_back(line);
+        while self.kept > self.limit
+            && let Some(first) = self.lines.pop_front()
+        {
+            self.kept = self.kept.saturating_sub(size(&first));
+            self.cut = self.cut.saturating_add(1);
+        }
+    }
+
+    fn write(&mut self, level: u8, bytes: &[u8]) {
+        for piece in bytes.split_inclusive(|&byte| byte == b'\n') {
+            let Some((_, open)) = self.open.iter_mut().find(|(stream, _)| *stream == level) else { return };
+            open.extend_from_slice(piece);
+            if piece.ends_with(b"\n") || open.len() >= MAX_LINE {
+                let text = mem::take(open);
+                self.add(plain(level, &text));
+            }
+        }
+    }
+
+    fn finish(&mut self) -> Vec<LogLine> {
+        for (level, text) in mem::take(&mut self.open) {
+            if !text.is_empty() {
+                self.add(plain(level, &text));
+            }
+        }
+        let mark = (self.cut > 0).then(|| LogLine {
+            level: WARN,
+            message: "earlier lines were cut".to_owned(),
+            fields: vec![("cut_lines".to_owned(), self.cut.to_string())],
+        });
+        mark.into_iter().chain(mem::take(&mut self.lines)).collect()
+    }
+
+    /// Shows a line in the host's log, up to the same limit: a guest cannot flood it.
+    fn show(&mut self, line: &LogLine) {
+        let before = self.seen;
+        self.seen = self.seen.saturating_add(size(line));
+        let Owner { plugin, event, subscription, attempt } = &self.owner;
+        if before > self.limit {
+            return;
+        }
+        if self.seen > self.limit {
+            tracing::warn!(%plugin, %event, %subscription, attempt, "guest log cut");
+            return;
+        }
+        let text = &*line.message;
+        let fields = (!line.fields.is_empty()).then(|| tracing::field::debug(&line.fields));
+        match line.level {
+            0 => tracing::trace!(%plugin, %event, %subscription, attempt, text, fields, "guest log"),
+            1 => tracing::debug!(%plugin, %event, %subscription, attempt, text, fields, "guest log"),
+            2 => tracing::info!(%plugin, %event, %subscription, attempt, text, fields, "guest log"),
+            3 => tracing::warn!(%plugin, %event, %subscription, attempt, text, fields, "guest log"),
+            _ => tracing::error!(%plugin, %event, %subscription, attempt, text, fields, "guest log"),
+        }
+    }
+}
+
+fn plain(level: u8, text: &[u8]) -> LogLine {
+    LogLine { level, message: String::from_utf8_lossy(text).trim_end().to_owned(), fields: Vec::new() }
+}
+
+fn size(line: &LogLine) -> usize {
+    let fields: usize = line.fields.iter().map(|(name, value)| name.len().saturating_add(value.len())).sum();
+    line.message.len().saturating_add(fields).saturating_add(LINE)
+}
+
+/// Cuts a line that would not fit by itself: its fields go first, then the end of its text, with a mark.
+fn shorten(line: &mut LogLine, limit: usize) {
+    if size(line) <= limit {
+        return;
+    }
+    line.fields.clear();
+    cut(&mut line.message, limit.saturating_sub(LINE));
+}
+
+/// Cuts `text` to `limit` bytes or a little more, on a character boundary, with a mark where it was cut.
+pub(super) fn cut(text: &mut String, limit: usize) {
+    const MARK: char = '…';
+    if text.len() > limit {
+        text.truncate(text.floor_char_boundary(limit.saturating_sub(MARK.len_utf8())));
+        text.push(MARK);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::tests::call;
+
+    fn log(limit: usize) -> Log {
+        Log::new(&"faults".into(), &call("null"), limit)
+    }
+
+    fn line(message: &str) -> LogLine {
+        LogLine { level: INFO, message: message.to_owned(), fields: Vec::new() }
+    }
+
+    fn messages(log: &Log) -> Vec<String> {
+        log.finish().into_iter().map(|line| line.message).collect()
+    }
+
+    #[test]
+    fn a_log_within_its_limit_is_kept_whole() {
+        let log = log(1000);
+        log.add(line("a"));
+        log.add(line("b"));
+        assert_eq!(messages(&log), ["a", "b"]);
+    }
+
+    #[test]
+    fn the_end_of_a_long_log_is_kept_and_the_cut_is_marked() {
+        let log = log(4 * (LINE + 2));
+        (10..30).for_each(|n| log.add(line(&n.to_string())));
+        let lines = log.finish();
+        assert_eq!(lines[0].fields, [("cut_lines".to_owned(), "16".to_owned())]);
+        assert_eq!(lines.iter().skip(1).map(|line| &*line.message).collect::<Vec<_>>(), ["26", "27", "28", "29"]);
+    }
+
+    #[test]
+    fn a_line_that_is_too_long_is_cut_with_a_mark() {
+        let log = log(100);
+        log.add(LogLine { fields: vec![("big".to_owned(), "f".repeat(200))], ..line(&"é".repeat(200)) });
+        let lines = log.finish();
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(lines[0].message.ends_with("é…") && lines[0].message.len() <= 100 - LINE, "{lines:?}");
+        assert!(lines[0].fields.is_empty());
+    }
+
+    #[test]
+    fn streams_become_lines_with_a_level_each() {
+        let log = log(1000);
+        log.write(INFO, b"hel");
+        log.write(WARN, b"careful\nopen");
+        log.write(INFO, b"lo\n\nend");
+        let lines: Vec<_> = log.finish().into_iter().map(|line| (line.level, line.message)).collect();
+        let expected = [(WARN, "careful"), (INFO, "hello"), (INFO, ""), (INFO, "end"), (WARN, "open")]
+            .map(|(l, m)| (l, m.to_owned()));
+        assert_eq!(lines, expected);
+    }
+
+    #[test]
+    fn a_line_without_an_end_does_not_grow_for_ever() {
+        let log = log(1 << 20);
+        (0..100).for_each(|_| log.write(INFO, &[b'x'; 1000]));
+        assert!(log.finish().iter().all(|line| line.message.len() < MAX_LINE + 1000));
+    }
+}

@@ -1,0 +1,312 @@
+//! The plugins that are loaded: candidates made from bytes, one active version per name, swapped in one step.
+//!
+//! Where the bytes come from is not known here, and neither is a broker or a store: a plugin is a [`Handler`] under a
+//! name, and whoever serves binds its subscriptions.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwapOption;
+use async_trait::async_trait;
+use bytes::Bytes;
+use jiff::Timestamp;
+use semver::Version;
+use serde::Serialize;
+
+use super::component::{Interface, digest};
+use super::engine::{Engine, Settings};
+use super::instance::Prepared;
+use super::limits::Limits;
+use super::load::{Loaded, Refused, load};
+use super::manifest::Manifest;
+use super::options::Options;
+use crate::delivery::{Fault, Verdict};
+use crate::error::{Error, Result};
+use crate::handler::{Call, Handler, Outcome};
+use crate::metrics::{Metrics, PluginMetrics};
+
+/// Runs plugins. Cheap to clone.
+#[derive(Clone)]
+pub struct Host {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    engine: Arc<Engine>,
+    options: Options,
+    metrics: Option<Metrics>,
+    slots: Mutex<BTreeMap<String, Arc<Slot>>>,
+    /// The last candidate of each origin that was refused and not yet replaced.
+    refused: Mutex<BTreeMap<String, Refusal>>,
+}
+
+/// A name, and the version that is called by it.
+struct Slot {
+    name: String,
+    active: ArcSwapOption<Plugin>,
+}
+
+/// One version of a plugin, ready to be called. It stays usable when it is no longer the active one.
+pub struct Plugin {
+    engine: Arc<Engine>,
+    prepared: Prepared,
+    manifest: Arc<Manifest>,
+    interface: Interface,
+    size: usize,
+    loaded_at: Timestamp,
+    metrics: Option<PluginMetrics>,
+}
+
+/// A plugin as lists show it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PluginStatus {
+    /// Its name; the file's where a refused candidate has none.
+    pub name: String,
+    /// What is called by this name; `None` when no version was ever accepted.
+    pub active: Option<VersionStatus>,
+    /// The candidate that was refused since, if the last one was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refused: Option<Refusal>,
+}
+
+/// A version as lists show it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct VersionStatus {
+    /// What its manifest says.
+    pub version: Version,
+    /// What identifies it: `sha256:<hex>` of the component.
+    pub digest: Arc<str>,
+    /// The component's size in bytes.
+    pub size: usize,
+    /// When it was loaded.
+    pub loaded_at: Timestamp,
+    /// What its attempts may use.
+    pub limits: Limits,
+}
+
+/// A candidate that was not accepted.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Refusal {
+    /// Where it came from, such as a path.
+    pub origin: String,
+    /// Its name, where it could be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plugin: Option<String>,
+    /// Its digest; `None` when it could not be read at all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+    /// What is wrong with it and what to do.
+    pub error: String,
+    /// When it was refused.
+    pub at: Timestamp,
+}
+
+/// What [`check`] found.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Checked {
+    /// `sha256:<hex>` of the component.
+    pub digest: Arc<str>,
+    /// Its size in bytes.
+    pub size: usize,
+    /// Its manifest.
+    pub manifest: Arc<Manifest>,
+    /// What it imports and exports.
+    pub interface: Interface,
+    /// What its attempts may use.
+    pub limits: Limits,
+}
+
+/// Does everything that loading does, short of serving.
+///
+/// # Errors
+/// [`Error::Plugin`] with what is wrong and what to do; `origin` stands for the name until that is known.
+pub async fn check(options: &Options, origin: &str, bytes: Bytes) -> Result<Checked> {
+    let plugin = Host::new(options.clone(), None)?.load(origin, bytes).await?;
+    Ok(Checked {
+        digest: Arc::clone(plugin.digest()),
+        size: plugin.size,
+        limits: plugin.limits().clone(),
+        manifest: plugin.manifest,
+        interface: plugin.interface,
+    })
+}
+
+impl Host {
+    /// Starts the engine. No plugin is loaded yet.
+    ///
+    /// # Errors
+    /// [`Error::Plugin`] when guests cannot be run here, and [`Error::Invalid`] for a cache folder that is not private.
+    pub fn new(options: Options, metrics: Option<Metrics>) -> Result<Self> {
+        let settings =
+            Settings { slots: options.instances.get(), max_memory: options.max_memory(), cache: options.cache.clone() };
+        let engine = Arc::new(Engine::new(&settings)?);
+        let (slots, refused) = (Mutex::default(), Mutex::default());
+        Ok(Self { inner: Arc::new(Inner { engine, options, metrics, slots, refused }) })
+    }
+
+    /// Makes a candidate of a component: verified, compiled and linked, its requests granted. Nothing calls it yet.
+    ///
+    /// # Errors
+    /// [`Error::Plugin`] with what is wrong and what to do; `origin` stands for the name until that is known.
+    pub async fn load(&self, origin: &str, bytes: Bytes) -> Result<Plugin> {
+        let candidate = self.candidate(bytes).await;
+        candidate
+            .map_err(|Refused { plugin, reason }| Error::plugin(plugin.unwrap_or_else(|| file_name(origin)), reason))
+    }
+
+    /// The same, for those who keep track of refusals themselves.
+    pub(super) async fn candidate(&self, bytes: Bytes) -> Result<Plugin, Refused> {
+        let Inner { engine, options, metrics, .. } = &*self.inner;
+        let (size, digest) = (bytes.len(), Arc::from(digest(&bytes)));
+        let Loaded { manifest, interface, prepared } = load(engine, options, Arc::clone(&digest), bytes).await?;
+        let metrics = metrics.as_ref().map(|metrics| metrics.of_plugin(&manifest.name, &digest));
+        let (engine, manifest, loaded_at) = (Arc::clone(engine), Arc::new(manifest), Timestamp::now());
+        Ok(Plugin { engine, prepared, manifest, interface, size, loaded_at, metrics })
+    }
+
+    /// Puts a version in place of the one that its name had. Calls in progress finish on theirs.
+    pub fn activate(&self, plugin: Plugin) -> Arc<Plugin> {
+        let plugin = Arc::new(plugin);
+        let (name, version, digest) = (plugin.name(), &plugin.manifest.version, plugin.digest());
+        tracing::info!(plugin = name, %version, %digest, "plugin version active");
+        self.slot(name).active.store(Some(Arc::clone(&plugin)));
+        plugin
+    }
+
+    /// Leaves a name without a version. Calls in progress finish; later ones end as host faults.
+    pub fn remove(&self, name: &str) {
+        if self.slot(name).active.swap(None).is_some() {
+            tracing::info!(plugin = name, "plugin removed");
+        }
+    }
+
+    /// The handler that calls whatever version is active under `name` at the time of the call.
+    #[must_use]
+    pub fn handler(&self, name: &str) -> Arc<dyn Handler> {
+        self.slot(name)
+    }
+
+    /// The version that is active under `name`.
+    #[must_use]
+    pub fn active(&self, name: &str) -> Option<Arc<Plugin>> {
+        lock(&self.inner.slots).get(name).and_then(|slot| slot.active.load_full())
+    }
+
+    /// All plugins by name, those of refused candidates included.
+    #[must_use]
+    pub fn plugins(&self) -> Vec<PluginStatus> {
+        let mut refused: Vec<Refusal> = lock(&self.inner.refused).values().cloned().collect();
+        let active = lock(&self.inner.slots).values().filter_map(|slot| slot.active.load_full()).collect::<Vec<_>>();
+        let mut all: Vec<PluginStatus> = active.iter().map(|plugin| plugin.status()).collect();
+        for status in &mut all {
+            let own = refused.iter().position(|refusal| refusal.plugin.as_ref() == Some(&status.name));
+            status.refused = own.map(|index| refused.remove(index));
+        }
+        all.extend(refused.into_iter().map(|refusal| PluginStatus {
+            name: refusal.plugin.clone().unwrap_or_else(|| file_name(&refusal.origin)),
+            active: None,
+            refused: Some(refusal),
+        }));
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
+    }
+
+    /// Remembers and reports that a candidate was refused.
+    pub(super) fn refuse(&self, refusal: Refusal) {
+        let Refusal { origin, error, .. } = &refusal;
+        tracing::warn!(origin, error, "plugin candidate refused");
+        lock(&self.inner.refused).insert(refusal.origin.clone(), refusal);
+    }
+
+    /// Forgets the refusal of what came from `origin`.
+    pub(super) fn forget_refusal(&self, origin: &str) {
+        lock(&self.inner.refused).remove(origin);
+    }
+
+    fn slot(&self, name: &str) -> Arc<Slot> {
+        let mut slots = lock(&self.inner.slots);
+        let new = || Arc::new(Slot { name: name.to_owned(), active: ArcSwapOption::empty() });
+        Arc::clone(slots.entry(name.to_owned()).or_insert_with(new))
+    }
+}
+
+/// What stands behind these locks is whole at every moment: a panic elsewhere is no reason to stop.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn file_name(origin: &str) -> String {
+    Path::new(origin).file_name().map_or_else(|| origin.to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+#[async_trait]
+impl Handler for Slot {
+    async fn handle(&self, call: Call) -> Outcome {
+        match self.active.load_full() {
+            Some(plugin) => plugin.handle(call).await,
+            None => {
+                let words =
+                    format!("plugin {} has no active version: put it back, or remove its subscription", self.name);
+                Outcome::failed(Verdict::HostFault, Fault::new("no-active-version", words))
+            }
+        }
+    }
+
+    fn keeps_time(&self) -> bool {
+        true
+    }
+}
+
+#[async_trait]
+impl Handler for Plugin {
+    async fn handle(&self, call: Call) -> Outcome {
+        let began = std::time::Instant::now();
+        let outcome = self.prepared.attempt(&self.engine, call).await;
+        if let Some(metrics) = &self.metrics {
+            metrics.attempt(outcome.verdict, began.elapsed().as_secs_f64(), outcome.trace.fuel);
+        }
+        outcome
+    }
+
+    fn keeps_time(&self) -> bool {
+        true
+    }
+}
+
+impl Plugin {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.manifest.name
+    }
+
+    /// What identifies it: `sha256:<hex>` of the component.
+    #[must_use]
+    pub fn digest(&self) -> &Arc<str> {
+        &self.prepared.terms.digest
+    }
+
+    /// What it says about itself.
+    #[must_use]
+    pub fn manifest(&self) -> &Arc<Manifest> {
+        &self.manifest
+    }
+
+    /// What its attempts may use.
+    #[must_use]
+    pub fn limits(&self) -> &Limits {
+        &self.prepared.terms.limits
+    }
+
+    fn status(&self) -> PluginStatus {
+        let active = VersionStatus {
+            version: self.manifest.version.clone(),
+            digest: Arc::clone(self.digest()),
+            size: self.size,
+            loaded_at: self.loaded_at,
+            limits: self.limits().clone(),
+        };
+        PluginStatus { name: self.manifest.name.clone(), active: Some(active), refused: None }
+    }
+}

@@ -1,0 +1,144 @@
+//! What several tests of the host need: calls, and components written as text.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::component::embed_manifest;
+use super::{Host, Options, PluginOptions, check};
+use crate::delivery::Verdict;
+use crate::error::Result;
+use crate::event::{Event, EventType, Payload, Source};
+use crate::handler::{Call, KvRead};
+
+struct Empty;
+
+#[async_trait]
+impl KvRead for Empty {
+    async fn get(&self, _: &str, _: &str) -> Result<Option<Bytes>> {
+        Ok(None)
+    }
+}
+
+/// A first attempt at an event with this payload.
+pub(super) fn call(payload: &'static str) -> Call {
+    let payload = Payload::json_text(payload).unwrap();
+    Call {
+        event: Arc::new(Event::new(Source::System, EventType::parse("faults.tests.create").unwrap(), payload)),
+        subscription: "tests".into(),
+        attempt: 1,
+        max_attempts: 4,
+        timeout: Duration::from_secs(30),
+        is_replay: false,
+        kv: Arc::new(Empty),
+    }
+}
+
+const MANIFEST: &str = "name = \"sample\"\nversion = \"1.0.0\"\n";
+
+fn options() -> Options {
+    Options { instances: NonZeroU32::MIN, ..Options::default() }
+}
+
+/// A component of this text with a manifest.
+fn plugin(text: &str, manifest: &str) -> Vec<u8> {
+    embed_manifest(&wat::parse_str(text).unwrap(), manifest).unwrap()
+}
+
+async fn refusal(bytes: Vec<u8>, options: &Options) -> String {
+    check(options, "plugins/candidate.wasm", bytes.into()).await.unwrap_err().to_string()
+}
+
+/// Exports a handler, but none of the right type.
+const ODD: &str = r#"(component
+    (instance $handler)
+    (export "tidegate:plugin/handler@1.0.0" (instance $handler)))"#;
+
+#[tokio::test]
+async fn bytes_that_are_no_component_are_refused_with_what_they_are() {
+    let whole = plugin(ODD, MANIFEST);
+    let cut = whole.get(..whole.len() - 5).unwrap().to_vec();
+    let rows: [(Vec<u8>, &str); 7] = [
+        (b"#!/bin/sh\n".to_vec(), r##"is not WebAssembly: it begins with "#!/bin/s""##),
+        (Vec::new(), "is cut short: it has 0 bytes"),
+        (b"\0asm\x0d".to_vec(), "is cut short: it has 5 bytes"),
+        (cut, "is cut short: a section goes on"),
+        (wat::parse_str("(module)").unwrap(), "is a core module"),
+        (b"\x7fELF\x02\x01\x01\0 and more".to_vec(), "is compiled code, which is never loaded"),
+        (b"\0asm\x0d\0\x01\0\x0a\x03\x01\x07\0".to_vec(), "is damaged at byte"),
+    ];
+    for (bytes, words) in rows {
+        let error = refusal(bytes, &options()).await;
+        assert!(error.starts_with("plugin candidate.wasm: ") && error.contains(words), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_component_of_another_kind_is_refused_with_what_it_is() {
+    let component = |export: &str| {
+        let text = format!("(component (instance $i) (export {export:?} (instance $i)))");
+        wat::parse_str(text).unwrap()
+    };
+    let rows = [
+        (component("wasi:cli/run@0.2.0"), "WASI command"),
+        (component("acme:web/serve@1.0.0"), "exports acme:web/serve@1.0.0"),
+        (component("tidegate:plugin/handler@2.0.0"), "this host serves 1.x"),
+        (component("tidegate:plugin/handler@1.0.0"), "has no manifest"),
+        (wat::parse_str("(component)").unwrap(), "exports nothing"),
+    ];
+    for (bytes, words) in rows {
+        let error = refusal(bytes, &options()).await;
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_handler_of_another_shape_is_refused_with_both_sides_named() {
+    let error = refusal(plugin(ODD, MANIFEST), &options()).await;
+    assert!(error.starts_with("plugin sample: uses tidegate:plugin/handler@1.0.0 in a shape that differs"), "{error}");
+}
+
+#[tokio::test]
+async fn imports_are_compared_with_requests_and_requests_with_grants() {
+    let importing = |import: &str| {
+        format!(
+            "(component (import {import:?} (instance)) (instance $h) (export \"tidegate:plugin/handler@1.0.0\" (instance $h)))"
+        )
+    };
+    let kv = importing("tidegate:plugin/kv@1.0.0");
+    let requesting = format!("{MANIFEST}[capabilities]\nkv = [\"totals\"]\n");
+    let error = refusal(plugin(&kv, MANIFEST), &options()).await;
+    assert!(error.contains("imports tidegate:plugin/kv@1.0.0 without requesting it"), "{error}");
+    let error = refusal(plugin(&kv, &requesting), &options()).await;
+    assert!(error.contains("add kv = [\"totals\"] to [plugins.sample.grants]"), "{error}");
+
+    let mut granting = options();
+    let own: PluginOptions = toml::from_str("grants = { kv = [\"totals\"] }").unwrap();
+    granting.plugins.insert("sample".to_owned(), own);
+    let error = refusal(plugin(&kv, &requesting), &granting).await;
+    assert!(error.contains("in a shape that differs"), "what remains is the odd handler: {error}");
+    let error = refusal(plugin(&importing("acme:db/query@1.0.0"), MANIFEST), &options()).await;
+    assert!(error.contains("imports acme:db/query@1.0.0, which this host does not offer"), "{error}");
+}
+
+#[tokio::test]
+async fn memory_that_cannot_be_had_is_refused_before_it_is_needed() {
+    let text = r#"(component
+        (core module $m (memory 32)) (core instance (instantiate $m))
+        (instance $h) (export "tidegate:plugin/handler@1.0.0" (instance $h)))"#;
+    let limited = format!("{MANIFEST}[limits]\nmemory = \"1MiB\"\n");
+    let error = refusal(plugin(text, &limited), &options()).await;
+    assert!(error.contains("begins with 2.0 MiB of memory, more than its limit of 1.0 MiB"), "{error}");
+}
+
+#[tokio::test]
+async fn a_name_without_a_version_answers_as_a_host_fault() {
+    let host = Host::new(options(), None).unwrap();
+    let outcome = host.handler("missing").handle(call("null")).await;
+    assert_eq!(outcome.verdict, Verdict::HostFault);
+    assert_eq!(outcome.fault.unwrap().code, "no-active-version");
+    assert!(host.plugins().is_empty());
+}

@@ -1,0 +1,141 @@
+//! Opening a database: what is refused and why, the schema, and the connections.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr as _;
+use std::time::Duration;
+
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
+};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _};
+
+use super::Options;
+use crate::error::{Error, Result};
+
+/// The schemas in the order of their versions, each changing what the one before left.
+const MIGRATIONS: [&str; 1] = [include_str!("schema.sql")];
+
+/// What the header of our databases says that they are: "tide".
+const APPLICATION: i64 = 0x7469_6465;
+
+/// How long a writer waits for another process.
+const BUSY: Duration = Duration::from_secs(10);
+
+/// The connections of an open database.
+pub(super) struct Opened {
+    pub(super) writer: SqliteConnection,
+    pub(super) readers: SqlitePool,
+    pub(super) path: PathBuf,
+}
+
+/// Opens or makes the database.
+pub(super) async fn open(options: &Options) -> Result<Opened> {
+    let path = path(&options.url)?;
+    let failed = |action: &'static str| move |error: sqlx::Error| Error::store("sqlite", action, error);
+    let connect = SqliteConnectOptions::new()
+        .filename(&path)
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .busy_timeout(BUSY)
+        .pragma("cache_size", "-32768")
+        .pragma("wal_autocheckpoint", "4000")
+        .statement_cache_capacity(200)
+        .disable_statement_logging();
+    let mut writer = connect.clone().connect().await.map_err(|error| cannot_open(&path, error))?;
+    check_locks(&mut writer, &connect, &path).await?;
+    migrate(&mut writer, &path).await?;
+    let readers = SqlitePoolOptions::new()
+        .max_connections(options.readers.max(1))
+        .min_connections(0)
+        .test_before_acquire(false)
+        .connect_with(connect.create_if_missing(false).pragma("query_only", "ON"))
+        .await
+        .map_err(failed("open readers"))?;
+    Ok(Opened { writer, readers, path })
+}
+
+/// The file that the URL names, which must be one that can be written.
+fn path(url: &str) -> Result<PathBuf> {
+    let refuse = |reason: String| Err(Error::invalid("provider", url, reason));
+    let parsed = SqliteConnectOptions::from_str(url);
+    let Some(rest) = url.strip_prefix("sqlite:") else { return refuse("must begin with sqlite://".to_owned()) };
+    if rest.trim_start_matches('/').is_empty() || rest.contains(":memory:") || rest.contains('?') {
+        return refuse("must name a file, as in sqlite://tidegate.db (for a store in memory use memory:)".to_owned());
+    }
+    let Ok(parsed) = parsed else { return refuse("is not a URL of a SQLite file".to_owned()) };
+    let path = parsed.get_filename().to_owned();
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !parent.is_dir() {
+        return refuse(format!("the directory {} does not exist: make it first", parent.display()));
+    }
+    if path.is_dir() {
+        return refuse("is a directory: name a file".to_owned());
+    }
+    if path.metadata().is_ok_and(|metadata| metadata.permissions().readonly()) {
+        return refuse("the file may only be read: make it writable".to_owned());
+    }
+    Ok(path)
+}
+
+fn cannot_open(path: &Path, error: sqlx::Error) -> Error {
+    let text = error.to_string();
+    let reason = if text.contains("not a database") {
+        "is not a SQLite database: name another file"
+    } else if text.contains("readonly") || text.contains("unable to open") {
+        "cannot be written: check who owns it and its directory"
+    } else {
+        return Error::store("sqlite", format!("open {}", path.display()), error);
+    };
+    Error::invalid("provider", path.display().to_string(), reason)
+}
+
+/// Refuses a place where a second connection does not see that the first one writes.
+async fn check_locks(writer: &mut SqliteConnection, connect: &SqliteConnectOptions, path: &Path) -> Result<()> {
+    let refused = |error| cannot_open(path, error);
+    let mode: String = sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut *writer).await.map_err(refused)?;
+    sqlx::query("BEGIN IMMEDIATE").execute(&mut *writer).await.map_err(refused)?;
+    let mut second = connect.clone().busy_timeout(Duration::ZERO).connect().await.map_err(refused)?;
+    let both = sqlx::query("BEGIN IMMEDIATE").execute(&mut second).await.is_ok();
+    // Nothing was written, so closing undoes nothing.
+    drop(second.close().await);
+    sqlx::query("ROLLBACK").execute(&mut *writer).await.map_err(refused)?;
+    if both || mode != "wal" {
+        let reason = "is where file locks or shared memory do not work (a network share?): use a local disk";
+        return Err(Error::invalid("provider", path.display().to_string(), reason));
+    }
+    Ok(())
+}
+
+/// Brings the schema up to date, in one transaction.
+async fn migrate(writer: &mut SqliteConnection, path: &Path) -> Result<()> {
+    let failed = |error| Error::store("sqlite", "bring the schema up to date", error);
+    let mut tx = writer.begin_with("BEGIN IMMEDIATE").await.map_err(|error| cannot_open(path, error))?;
+    let version: i64 = sqlx::query_scalar("PRAGMA user_version").fetch_one(&mut *tx).await.map_err(failed)?;
+    let application: i64 = sqlx::query_scalar("PRAGMA application_id").fetch_one(&mut *tx).await.map_err(failed)?;
+    let tables: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM sqlite_schema").fetch_one(&mut *tx).await.map_err(failed)?;
+    let incompatible = |reason: String| Error::Incompatible { what: path.display().to_string(), reason: reason.into() };
+    if tables > 0 && application != APPLICATION {
+        return Err(incompatible("is a database of something else: name another file".to_owned()));
+    }
+    let served = MIGRATIONS.len() as i64;
+    if version > served {
+        let reason = format!("has schema {version}, this binary knows up to {served}: use a newer tidegate");
+        return Err(incompatible(reason));
+    }
+    let done = usize::try_from(version).unwrap_or(0);
+    for migration in MIGRATIONS.into_iter().skip(done) {
+        sqlx::raw_sql(migration).execute(&mut *tx).await.map_err(failed)?;
+    }
+    if done == 0 {
+        let text = "INSERT INTO head (only, head, pruned, total, revision, epoch) VALUES (1, 0, 0, 0, 0, ?)";
+        let epoch = uuid::Uuid::new_v4().to_string();
+        sqlx::query(text).bind(epoch).execute(&mut *tx).await.map_err(failed)?;
+    }
+    if version < served {
+        let text = format!("PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {served}");
+        sqlx::raw_sql(AssertSqlSafe(text)).execute(&mut *tx).await.map_err(failed)?;
+    }
+    tx.commit().await.map_err(failed)
+}

@@ -1,0 +1,516 @@
+//! Plugins as a host runs them: every verdict, what they may do, and that one cannot harm another.
+//!
+//! The guests are the built samples; a manifest of another wording makes another version of the same code.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use serde_json::{Value, json};
+use tidegate::delivery::{KvChange, KvWrite};
+use tidegate::handler::{KvRead, Outcome};
+use tidegate::host::component::embed_manifest;
+use tidegate::host::{Change, Folder, Host, Options, PluginOptions};
+use tidegate::{Call, Event, Handler, Payload, Result, Source, Verdict};
+use tokio::sync::{Notify, Semaphore};
+
+/// A built sample.
+fn guest(name: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("target/plugins/{name}.wasm"));
+    match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) => panic!("{} cannot be read ({error}): run `make plugins` first", path.display()),
+    }
+}
+
+const FAULTS: &str = r#"
+    name = "faults"
+    version = "1.0.0"
+    [capabilities]
+    kv = ["faults"]
+    events = ["faulty.**"]
+    config = ["greeting"]
+"#;
+
+const GRANTS: &str = r#"
+    grants = { kv = ["faults"], events = ["faulty.**"], config = ["greeting", "other"] }
+    config = { greeting = "hello" }
+    limits = { fuel = 1000000000000 }
+"#;
+
+/// The misbehaving guest with this much added to its manifest.
+fn faults(more: &str) -> Vec<u8> {
+    embed_manifest(&guest("faults"), &format!("{FAULTS}{more}")).unwrap()
+}
+
+/// A host that grants what the misbehaving guest asks for.
+fn host() -> Host {
+    let mut options = Options::default();
+    options.plugins.insert("faults".to_owned(), toml::from_str::<PluginOptions>(GRANTS).unwrap());
+    Host::new(options, None).unwrap()
+}
+
+/// The misbehaving guest, loaded with this much added to its manifest.
+async fn loaded(host: &Host, more: &str) -> Arc<dyn Handler> {
+    let plugin = host.load("faults.wasm", faults(more).into()).await.unwrap();
+    host.handler(host.activate(plugin).name())
+}
+
+/// Committed values by key.
+#[derive(Default)]
+struct Values(HashMap<String, Bytes>);
+
+#[async_trait]
+impl KvRead for Values {
+    async fn get(&self, bucket: &str, key: &str) -> Result<Option<Bytes>> {
+        assert_eq!(bucket, "kv/faults/faults");
+        Ok(self.0.get(key).cloned())
+    }
+}
+
+/// A store that says when it is asked, and answers when it is let.
+#[derive(Default)]
+struct Gate {
+    asked: Notify,
+    open: Notify,
+}
+
+#[async_trait]
+impl KvRead for Gate {
+    async fn get(&self, _: &str, _: &str) -> Result<Option<Bytes>> {
+        self.asked.notify_one();
+        self.open.notified().await;
+        Ok(None)
+    }
+}
+
+fn call(payload: &Value) -> Call {
+    let mut event = Event::new(Source::System, "faults.tests.create".parse().unwrap(), Payload::json(payload).unwrap());
+    event.seq = Some(7);
+    Call {
+        event: Arc::new(event),
+        subscription: "tests".into(),
+        attempt: 1,
+        max_attempts: 4,
+        timeout: Duration::from_secs(30),
+        is_replay: false,
+        kv: Arc::new(Values::default()),
+    }
+}
+
+async fn attempt(handler: &Arc<dyn Handler>, payload: Value) -> Outcome {
+    handler.handle(call(&payload)).await
+}
+
+fn code(outcome: &Outcome) -> &str {
+    outcome.fault.as_ref().map_or("", |fault| &fault.code)
+}
+
+fn reply(outcome: &Outcome) -> Value {
+    let reply = outcome.reply.as_ref().unwrap_or_else(|| panic!("no reply: {outcome:?}"));
+    serde_json::from_slice(&reply.body).unwrap()
+}
+
+/// The server's default, where the operator of these tests allows far more.
+const LEAN: &str = "[limits]\nfuel = 500000000\n";
+
+#[tokio::test]
+async fn every_way_to_end_has_its_verdict() {
+    let host = host();
+    let handler = loaded(&host, LEAN).await;
+    let rows = [
+        (json!({"fault": "none"}), Verdict::Ok, ""),
+        (json!({"fault": "retry", "code": "busy"}), Verdict::Retry, "busy"),
+        (json!({"fault": "reject", "code": "no"}), Verdict::Reject, "no"),
+        (json!({"fault": "trap"}), Verdict::Trap, "trap"),
+        (json!({"fault": "panic"}), Verdict::Trap, "trap"),
+        (json!({"fault": "stack-overflow"}), Verdict::Trap, "trap"),
+        (json!({"fault": "deep-calls"}), Verdict::Trap, "trap"),
+        (json!({"fault": "loop"}), Verdict::OutOfFuel, "out-of-fuel"),
+        (json!({"fault": "memory"}), Verdict::OutOfMemory, "out-of-memory"),
+        (json!({"fault": "reply", "bytes": 65_537}), Verdict::Reject, "reply-too-large"),
+        (json!({"fault": "reply", "bytes": 65_536}), Verdict::Ok, ""),
+        (json!({"fault": "none"}), Verdict::Ok, ""),
+    ];
+    for (payload, verdict, expected) in rows {
+        let outcome = attempt(&handler, payload.clone()).await;
+        assert_eq!((outcome.verdict, code(&outcome)), (verdict, expected), "{payload}: {outcome:?}");
+        assert!(outcome.trace.digest.as_ref().is_some_and(|digest| digest.starts_with("sha256:")), "{payload}");
+        assert!(outcome.trace.fuel.is_some_and(|fuel| fuel > 0), "{payload}");
+        assert!(outcome.trace.peak_memory.is_some_and(|peak| peak > 0 && peak <= 64 << 20), "{payload}");
+    }
+}
+
+#[tokio::test]
+async fn a_delay_that_the_handler_asks_for_is_handed_on() {
+    let host = host();
+    let handler = loaded(&host, "").await;
+    let outcome = attempt(&handler, json!({"fault": "retry", "after_ms": 1500})).await;
+    assert_eq!(outcome.retry_after, Some(Duration::from_millis(1500)));
+}
+
+#[tokio::test]
+async fn a_trap_comes_with_the_guests_functions_and_its_last_words() {
+    let host = host();
+    let handler = loaded(&host, "").await;
+    let outcome = attempt(&handler, json!({"fault": "trap"})).await;
+    let backtrace = outcome.trace.backtrace.join("\n");
+    assert!(backtrace.contains("::perform") && backtrace.contains("handler@1.0.0#handle"), "{backtrace}");
+    let outcome = attempt(&handler, json!({"fault": "panic", "bytes": 3})).await;
+    assert!(outcome.trace.log.iter().any(|line| line.level == 4 && line.message.contains("ppp")), "{outcome:?}");
+}
+
+#[tokio::test]
+async fn of_a_long_log_the_end_is_kept() {
+    let host = host();
+    let handler = loaded(&host, "[limits]\nlog = \"1KiB\"\n").await;
+    let outcome = attempt(&handler, json!({"fault": "log", "lines": 1000})).await;
+    assert_eq!(outcome.verdict, Verdict::Ok);
+    let log = &outcome.trace.log;
+    assert_eq!(log.first().map(|line| &*line.message), Some("earlier lines were cut"));
+    assert_eq!(log.last().unwrap().fields, [("line".to_owned(), "999".to_owned())]);
+    assert!(log.len() < 20, "{}", log.len());
+}
+
+/// Invariant 6: an endless loop ends that attempt only. Here it even shares the only thread with the other call.
+#[tokio::test]
+async fn an_endless_loop_ends_as_a_timeout_while_another_plugin_goes_on() {
+    let host = host();
+    let handler = loaded(&host, "").await;
+    let audit = host.load("audit-trail.wasm", guest("audit-trail").into()).await.unwrap();
+
+    let endless = tokio::spawn({
+        let handler = Arc::clone(&handler);
+        async move { handler.handle(call(&json!({"fault": "loop"}))).await }
+    });
+    tokio::task::yield_now().await;
+    let other = audit.handle(call(&json!({"id": 1}))).await;
+    assert_eq!(other.verdict, Verdict::Ok, "{other:?}");
+    assert!(!endless.is_finished());
+    endless.abort();
+    assert!(endless.await.unwrap_err().is_cancelled(), "a guest that computes ends when it is dropped");
+
+    for fault in ["loop", "loop-in-host"] {
+        let outcome =
+            handler.handle(Call { timeout: Duration::from_millis(50), ..call(&json!({"fault": fault})) }).await;
+        assert_eq!((outcome.verdict, code(&outcome)), (Verdict::Timeout, "timeout"), "{outcome:?}");
+        assert!(!outcome.trace.backtrace.is_empty(), "the epoch knows where it was");
+    }
+    assert_eq!(attempt(&handler, json!({"fault": "none"})).await.verdict, Verdict::Ok);
+}
+
+#[tokio::test]
+async fn the_shorter_timeout_of_subscription_and_plugin_counts() {
+    let host = host();
+    let handler = loaded(&host, "[limits]\ntimeout = \"50ms\"\n").await;
+    let outcome = attempt(&handler, json!({"fault": "loop"})).await;
+    assert_eq!(outcome.verdict, Verdict::Timeout);
+    assert!(outcome.fault.unwrap().message.contains("50ms"));
+}
+
+#[tokio::test]
+async fn a_guest_that_waits_for_the_host_is_ended_by_the_timer() {
+    let host = host();
+    let handler = loaded(&host, "").await;
+    let payload = json!({"fault": "kv-get", "key": "k"});
+    let waiting = Call { kv: Arc::new(Gate::default()), timeout: Duration::from_millis(20), ..call(&payload) };
+    let outcome = handler.handle(waiting).await;
+    assert_eq!(outcome.verdict, Verdict::Timeout, "{outcome:?}");
+}
+
+/// Invariant 6: a memory hog ends that attempt only.
+#[tokio::test]
+async fn a_memory_hog_ends_out_of_memory_and_leaves_nothing_behind() {
+    let host = host();
+    let handler = loaded(&host, "[limits]\nmemory = \"8MiB\"\n").await;
+    for _ in 0..3 {
+        let outcome = attempt(&handler, json!({"fault": "memory"})).await;
+        assert_eq!(outcome.verdict, Verdict::OutOfMemory, "{outcome:?}");
+        assert!(outcome.trace.peak_memory.is_some_and(|peak| peak > 4 << 20 && peak <= 8 << 20));
+    }
+    assert_eq!(attempt(&handler, json!({"fault": "memory", "mib": 4})).await.verdict, Verdict::Ok);
+}
+
+#[tokio::test]
+async fn every_event_gets_a_fresh_instance() {
+    let host = host();
+    let handler = loaded(&host, "").await;
+    for _ in 0..2 {
+        assert_eq!(reply(&attempt(&handler, json!({"fault": "instance"})).await), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_guest_is_told_about_its_attempt_and_its_event() {
+    let host = host();
+    let handler = loaded(&host, "").await;
+    let call = Call { attempt: 2, is_replay: true, ..call(&json!({"fault": "facts"})) };
+    let (id, key) = (call.event.id.to_string(), call.idempotency_key());
+    let facts = reply(&handler.handle(call).await);
+    assert_eq!(facts["subscription"], "tests");
+    assert_eq!((&facts["attempt"], &facts["max_attempts"]), (&json!(2), &json!(4)));
+    assert_eq!((&facts["idempotency_key"], &facts["is_replay"]), (&json!(key), &json!(true)));
+    assert!(facts["remaining_ms"].as_u64().is_some_and(|ms| ms > 0 && ms <= 30_000), "{facts}");
+    assert_eq!(facts["greeting"], "hello");
+    assert_eq!((&facts["event"]["id"], &facts["event"]["sequence"]), (&json!(id), &json!(7)));
+    assert_eq!((&facts["event"]["type"], &facts["event"]["source"]), (&json!("faults.tests.create"), &json!("system")));
+}
+
+/// Invariant 8: what a handler publishes and writes commits with its success, or not at all.
+#[tokio::test]
+async fn effects_leave_with_success_only() {
+    let host = host();
+    let handler = loaded(&host, LEAN).await;
+    let steps = |last: &str| {
+        json!({"fault": "steps", "steps": [
+            {"fault": "kv-set", "key": "a", "value": "1"},
+            {"fault": "publish", "count": 2},
+            {"fault": last},
+        ]})
+    };
+    let done = attempt(&handler, steps("none")).await;
+    assert_eq!((done.effects.writes.len(), done.effects.published.len()), (1, 2));
+    assert_eq!(done.effects.published[0].event_type.as_str(), "faulty.events.create");
+    for failing in ["retry", "reject", "trap", "loop"] {
+        let failed = attempt(&handler, steps(failing)).await;
+        assert!(failed.effects.writes.is_empty() && failed.effects.published.is_empty(), "{failing}");
+    }
+}
+
+#[tokio::test]
+async fn an_attempt_reads_its_own_writes_before_what_is_committed() {
+    let host = host();
+    let handler = loaded(&host, "").await;
+    let committed: HashMap<String, Bytes> = [("n".to_owned(), "40".into()), ("t".to_owned(), "x".into())].into();
+    let with = |payload: Value| Call { kv: Arc::new(Values(committed.clone())), ..call(&payload) };
+
+    let increment = json!({"fault": "kv-increment", "key": "n", "by": 1});
+    let outcome = handler.handle(with(json!({"fault": "steps", "steps": [increment, increment]}))).await;
+    assert_eq!(reply(&outcome), 42);
+    let add = KvWrite { bucket: "kv/faults/faults".into(), key: "n".into(), change: KvChange::Increment { by: 1 } };
+    assert_eq!(outcome.effects.writes, [add.clone(), add]);
+
+    let get = json!({"fault": "kv-get", "key": "t"});
+    assert_eq!(reply(&handler.handle(with(get.clone())).await), "x");
+    let rows = [
+        (json!({"fault": "kv-set", "key": "t", "value": "y"}), json!("y")),
+        (json!({"fault": "kv-delete", "key": "t"}), Value::Null),
+    ];
+    for (write, expected) in rows {
+        let outcome = handler.handle(with(json!({"fault": "steps", "steps": [write, get]}))).await;
+        assert_eq!(reply(&outcome), expected);
+    }
+    let odd = handler.handle(with(json!({"fault": "kv-increment", "key": "t", "by": 1}))).await;
+    assert_eq!((odd.verdict, code(&odd)), (Verdict::Reject, "invalid-value"));
+}
+
+/// Invariant 10: a plugin can do nothing that the operator did not grant.
+#[tokio::test]
+async fn what_is_not_granted_is_denied() {
+    let host = host();
+    let handler = loaded(&host, "").await;
+    let rows = [
+        json!({"fault": "kv-get", "bucket": "other", "key": "k"}),
+        json!({"fault": "kv-set", "bucket": "other", "key": "k", "value": ""}),
+        json!({"fault": "kv-delete", "bucket": "other", "key": "k"}),
+        json!({"fault": "kv-increment", "bucket": "other", "key": "k", "by": 1}),
+        json!({"fault": "publish", "count": 1, "event_type": "shop.orders.create"}),
+    ];
+    for payload in rows {
+        let outcome = attempt(&handler, payload.clone()).await;
+        assert_eq!((outcome.verdict, code(&outcome)), (Verdict::Reject, "denied"), "{payload}");
+        assert!(outcome.effects.writes.is_empty() && outcome.effects.published.is_empty());
+    }
+    // A setting that was not requested cannot be answered with a fault: it ends the attempt.
+    let other = FAULTS.replace("greeting", "other");
+    let plugin = host.load("faults.wasm", embed_manifest(&guest("faults"), &other).unwrap().into()).await.unwrap();
+    let outcome = plugin.handle(call(&json!({"fault": "facts"}))).await;
+    assert_eq!((outcome.verdict, code(&outcome)), (Verdict::Denied, "denied"), "{outcome:?}");
+    assert!(outcome.fault.unwrap().message.contains("greeting"));
+}
+
+#[tokio::test]
+async fn an_attempt_publishes_no_more_than_its_limit() {
+    let host = host();
+    let handler = loaded(&host, "[limits]\npublished_events = 3\n").await;
+    assert_eq!(attempt(&handler, json!({"fault": "publish", "count": 3})).await.effects.published.len(), 3);
+    let outcome = attempt(&handler, json!({"fault": "publish", "count": 4})).await;
+    assert_eq!((outcome.verdict, code(&outcome)), (Verdict::Reject, "too-many"));
+}
+
+#[tokio::test]
+async fn a_plugin_without_its_grants_is_not_loaded() {
+    let host = Host::new(Options::default(), None).unwrap();
+    let refused = host.load("faults.wasm", faults("").into()).await.map(|_| ()).unwrap_err().to_string();
+    let lines =
+        r#"add kv = ["faults"] and events = ["faulty.**"] and config = ["greeting"] to [plugins.faults.grants]"#;
+    assert!(refused.contains(lines), "{refused}");
+    let unasked = embed_manifest(&guest("faults"), "name = \"faults\"\nversion = \"1.0.0\"\n").unwrap();
+    let refused = host.load("faults.wasm", unasked.into()).await.map(|_| ()).unwrap_err().to_string();
+    assert!(refused.contains("without requesting it"), "{refused}");
+}
+
+/// Invariant 7: in-flight attempts finish on the version that they started with.
+#[tokio::test]
+async fn a_call_in_progress_finishes_on_its_version() {
+    let host = host();
+    let handler = loaded(&host, "").await;
+    let old = Arc::clone(host.active("faults").unwrap().digest());
+    let gate = Arc::new(Gate::default());
+    let waiting = Call { kv: Arc::clone(&gate) as Arc<dyn KvRead>, ..call(&json!({"fault": "kv-get", "key": "k"})) };
+    let in_progress = tokio::spawn({
+        let handler = Arc::clone(&handler);
+        async move { handler.handle(waiting).await }
+    });
+    gate.asked.notified().await;
+    loaded(&host, "# another version\n").await;
+    let new = Arc::clone(host.active("faults").unwrap().digest());
+    assert_ne!(old, new);
+    gate.open.notify_one();
+    let outcome = in_progress.await.unwrap();
+    assert_eq!((outcome.verdict, outcome.trace.digest), (Verdict::Ok, Some(old)));
+    assert_eq!(attempt(&handler, json!({"fault": "none"})).await.trace.digest, Some(new));
+    host.remove("faults");
+    assert_eq!(code(&attempt(&handler, json!({"fault": "none"})).await), "no-active-version");
+}
+
+#[tokio::test]
+async fn more_attempts_than_instances_wait_for_their_turn() {
+    let mut options = Options { instances: std::num::NonZeroU32::MIN, ..Options::default() };
+    options.plugins.insert("faults".to_owned(), toml::from_str(GRANTS).unwrap());
+    let host = Host::new(options, None).unwrap();
+    let handler = loaded(&host, "").await;
+    let finished = Arc::new(Semaphore::new(0));
+    for _ in 0..8 {
+        let (handler, finished) = (Arc::clone(&handler), Arc::clone(&finished));
+        tokio::spawn(async move {
+            let outcome = attempt(&handler, json!({"fault": "none"})).await;
+            assert_eq!(outcome.verdict, Verdict::Ok);
+            finished.add_permits(1);
+        });
+    }
+    finished.acquire_many(8).await.unwrap().forget();
+}
+
+#[tokio::test]
+async fn a_cache_spares_the_second_compilation_and_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = folder.path().join("code");
+    let mut written = Vec::new();
+    for _ in 0..2 {
+        let mut options = Options { cache: Some(cache.clone()), ..Options::default() };
+        options.plugins.insert("faults".to_owned(), toml::from_str(GRANTS).unwrap());
+        let handler = loaded(&Host::new(options, None).unwrap(), "").await;
+        assert_eq!(attempt(&handler, json!({"fault": "none"})).await.verdict, Verdict::Ok);
+        assert!(attempt(&handler, json!({"fault": "trap"})).await.trace.backtrace[0].contains("::perform"));
+        let files = std::fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap().metadata().unwrap());
+        written.push(files.map(|file| file.modified().unwrap()).collect::<Vec<_>>());
+    }
+    assert_eq!(written[0].len(), 1);
+    assert_eq!(written[0], written[1], "the second host wrote nothing");
+}
+
+fn put(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
+    let path = folder.join(name);
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// `+name` for loaded and `-name` for removed.
+async fn scanned(folder: &mut Folder) -> Vec<String> {
+    let changes = folder.scan().await.unwrap();
+    let shown = changes.iter().map(|change| match change {
+        Change::Loaded { name, .. } => format!("+{name}"),
+        Change::Removed { name } => format!("-{name}"),
+    });
+    shown.collect()
+}
+
+/// Invariant 7: a reload that fails leaves the old version serving.
+#[tokio::test]
+async fn a_bad_candidate_leaves_the_old_version_serving_and_is_reported_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = put(directory.path(), "a.wasm", &faults(""));
+    put(directory.path(), "notes.txt", b"no plugin");
+    let host = host();
+    let mut folder = Folder::open(host.clone(), directory.path()).unwrap();
+    assert_eq!(scanned(&mut folder).await, ["+faults"]);
+    let good = Arc::clone(host.active("faults").unwrap().digest());
+
+    put(directory.path(), "a.wasm", &faults("")[..1000]);
+    assert!(scanned(&mut folder).await.is_empty());
+    let status = host.plugins();
+    let refused = status.iter().find_map(|plugin| plugin.refused.clone()).unwrap();
+    assert_eq!(refused.origin, path.to_string_lossy());
+    assert!(refused.error.contains("is cut short") && refused.digest.is_some(), "{refused:?}");
+    assert_eq!(host.active("faults").unwrap().digest(), &good);
+    assert!(scanned(&mut folder).await.is_empty());
+    assert_eq!(host.plugins().iter().find_map(|plugin| plugin.refused.clone()).unwrap().at, refused.at);
+
+    put(directory.path(), "a.wasm", &faults("# better\n"));
+    assert_eq!(scanned(&mut folder).await, ["+faults"]);
+    assert_ne!(host.active("faults").unwrap().digest(), &good);
+    assert!(host.plugins().iter().all(|plugin| plugin.refused.is_none()));
+}
+
+#[tokio::test]
+async fn a_plugin_goes_with_its_file_and_survives_its_renaming() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = put(directory.path(), "a.wasm", &faults(""));
+    let host = host();
+    let mut folder = Folder::open(host.clone(), directory.path()).unwrap();
+    assert_eq!(scanned(&mut folder).await, ["+faults"]);
+    std::fs::rename(&path, directory.path().join("b.wasm")).unwrap();
+    assert!(scanned(&mut folder).await.is_empty(), "the same plugin in another file");
+    assert!(host.active("faults").is_some());
+    std::fs::remove_file(directory.path().join("b.wasm")).unwrap();
+    assert_eq!(scanned(&mut folder).await, ["-faults"]);
+    assert!(host.active("faults").is_none() && host.plugins().is_empty());
+}
+
+#[tokio::test]
+async fn two_files_of_one_name_do_not_take_turns() {
+    let directory = tempfile::tempdir().unwrap();
+    let first = put(directory.path(), "a.wasm", &faults(""));
+    put(directory.path(), "b.wasm", &faults("# the other\n"));
+    let host = host();
+    let mut folder = Folder::open(host.clone(), directory.path()).unwrap();
+    assert_eq!(scanned(&mut folder).await, ["+faults"]);
+    let refused = host.plugins()[0].refused.clone().unwrap();
+    assert!(refused.error.contains("a.wasm") && refused.origin.ends_with("b.wasm"), "{refused:?}");
+    assert!(scanned(&mut folder).await.is_empty());
+    std::fs::remove_file(first).unwrap();
+    assert_eq!(scanned(&mut folder).await, ["+faults"]);
+    assert!(host.plugins()[0].refused.is_none());
+}
+
+#[tokio::test]
+async fn a_change_of_the_folder_is_noticed_without_asking() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut folder = Folder::open(host(), directory.path()).unwrap();
+    folder.changed().await;
+    assert!(scanned(&mut folder).await.is_empty());
+    put(directory.path(), "a.wasm", &faults(""));
+    folder.changed().await;
+    assert_eq!(scanned(&mut folder).await, ["+faults"]);
+    std::fs::remove_file(directory.path().join("a.wasm")).unwrap();
+    folder.changed().await;
+    assert_eq!(scanned(&mut folder).await, ["-faults"]);
+}
+
+#[tokio::test]
+async fn a_folder_that_is_not_there_is_refused_and_one_that_vanishes_removes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let missing = Folder::open(host(), &directory.path().join("none")).map(|_| ()).unwrap_err().to_string();
+    assert!(missing.contains("plugins: must be an existing folder"), "{missing}");
+    put(directory.path(), "a.wasm", &faults(""));
+    let host = host();
+    let mut folder = Folder::open(host.clone(), directory.path()).unwrap();
+    assert_eq!(scanned(&mut folder).await, ["+faults"]);
+    directory.close().unwrap();
+    assert!(folder.scan().await.is_err());
+    assert!(host.active("faults").is_some());
+}
