@@ -20,6 +20,9 @@ pub(super) struct Flags {
     /// The store: memory: or sqlite://PATH
     #[arg(long, value_name = "URL")]
     provider: Option<String>,
+    /// The folder whose *.wasm files are the plugins
+    #[arg(long, value_name = "DIR")]
+    plugins: Option<String>,
     /// How the log looks
     #[arg(long, value_name = "FORMAT")]
     log: Option<LogFormat>,
@@ -29,7 +32,12 @@ impl Flags {
     /// The configuration in force.
     pub(super) fn load(self) -> Result<Config> {
         let log = self.log.map(|log| if log == LogFormat::Json { "json" } else { "text" }.to_owned());
-        let flags = [("listen", "--listen", self.listen), ("provider", "--provider", self.provider), ("log.format", "--log", log)];
+        let flags = [
+            ("listen", "--listen", self.listen),
+            ("provider", "--provider", self.provider),
+            ("host.directory", "--plugins", self.plugins),
+            ("log.format", "--log", log),
+        ];
         let settings = flags.into_iter().filter_map(|(key, flag, text)| Some(Setting::new(key, text?, flag)));
         Ok(Config::load(&Sources::new(self.config, settings.collect()))?)
     }

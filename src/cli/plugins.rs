@@ -1,6 +1,8 @@
 //! `tidegate plugin …`: what works on files, and what asks a server.
 
-use anyhow::Result;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
 use serde::Deserialize;
 
 use super::client::{self, Client};
@@ -8,6 +10,8 @@ use super::exit::Exit;
 use super::plugin::{self, BuildArgs, InspectArgs};
 use super::table::{Table, short};
 use super::{print, print_line};
+use crate::config::{Config, Sources};
+use crate::host::{self, Checked};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -15,6 +19,8 @@ pub(super) enum Command {
     Build(BuildArgs),
     /// Show what a component says about itself, without running it
     Inspect(InspectArgs),
+    /// Do everything that a server does with a component, short of serving it
+    Check(Check),
     /// List the plugins that a server runs
     List {
         #[command(flatten)]
@@ -22,11 +28,24 @@ pub(super) enum Command {
     },
 }
 
+#[derive(Debug, clap::Args)]
+pub(super) struct Check {
+    /// The component
+    file: PathBuf,
+    /// The configuration that grants what it asks for
+    #[arg(short, long, env = "TIDEGATE_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Print what was found as JSON
+    #[arg(long)]
+    json: bool,
+}
+
 impl Command {
     pub(super) fn is_json(&self) -> bool {
         match self {
             Self::Build(args) => args.json,
             Self::Inspect(args) => args.json,
+            Self::Check(args) => args.json,
             Self::List { client } => client.json,
         }
     }
@@ -57,15 +76,28 @@ struct Refusal {
     error: String,
 }
 
-/// Builds, inspects or lists.
+/// Builds, inspects, checks or lists.
 pub(super) fn run(command: Command) -> Result<Exit> {
     let mut out = Vec::new();
     match command {
         Command::Build(args) => plugin::build(&args, &mut out)?,
         Command::Inspect(args) => plugin::inspect(&args, &mut out)?,
+        Command::Check(args) => return super::wait(check(args)),
         Command::List { client } => return super::wait(list(client)),
     }
     print(out)
+}
+
+async fn check(args: Check) -> Result<Exit> {
+    let config = Config::load(&Sources::new(args.config, Vec::new()))?;
+    let shown = args.file.display().to_string();
+    let bytes = std::fs::read(&args.file).with_context(|| format!("cannot read {shown}"))?;
+    let checked = host::check(&config.host, &shown, bytes.into()).await?;
+    if args.json {
+        return print_line(serde_json::to_vec(&checked)?);
+    }
+    let Checked { manifest, digest, .. } = checked;
+    print_line(format!("{} {} {digest} would be served", manifest.name, manifest.version))
 }
 
 async fn list(args: client::Args) -> Result<Exit> {

@@ -4,7 +4,6 @@
 //! requests finish, attempts in progress finish, the store closes. A second signal ends at once.
 
 use std::io::IsTerminal as _;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
@@ -14,14 +13,17 @@ use tracing_subscriber::EnvFilter;
 
 use super::config::Flags;
 use super::exit::Exit;
+use super::follow;
 use super::print_line;
 use crate::broker::Broker;
 use crate::config::{Config, Log, LogFormat, ProviderUrl};
 use crate::error::Error;
+use crate::host::{Folder, Host};
 use crate::http::{Gate, Server, Services};
 use crate::metrics::Metrics;
 use crate::provider::Provider;
 use crate::provider::memory::MemoryProvider;
+use crate::provider::sqlite::SqliteProvider;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -31,6 +33,9 @@ pub(super) struct Args {
 
 /// What `/readyz` says while the store is not open.
 const STORE: &str = "the store is not open yet";
+
+/// What `/readyz` says while plugins are compiled.
+const PLUGINS: &str = "the plugins are not loaded yet";
 
 /// What `/readyz` says while the broker does not run.
 const BROKER: &str = "the broker does not run yet";
@@ -65,7 +70,7 @@ fn log_to_stderr(log: &Log) -> Result<()> {
 async fn serve(config: Config) -> Result<Exit> {
     let mut stop = stop_signal().context("cannot listen for signals")?;
     let metrics = Metrics::new(config.limits.metric_types);
-    let gate = Gate::waiting_for([STORE, BROKER]);
+    let gate = Gate::waiting_for([STORE, PLUGINS, BROKER]);
     let server = Server::bind(config.listen, config.http.clone(), metrics.clone(), gate.clone()).await?;
     let address = server.address()?;
     let (close_edge, edge_closes) = watch::channel(false);
@@ -73,12 +78,16 @@ async fn serve(config: Config) -> Result<Exit> {
 
     let provider = open_provider(&config).await?;
     gate.done(STORE);
-    let (broker, service) = Broker::open(Arc::clone(&provider), config.broker.clone(), metrics).await?;
-    gate.open(Services { broker });
+    let (broker, service) = Broker::open(Arc::clone(&provider), config.broker.clone(), metrics.clone()).await?;
+    let (stop_following, following_stops) = watch::channel(false);
+    let (host, following) = start_plugins(&config, &broker, metrics, following_stops).await?;
+    gate.done(PLUGINS);
+    let greeting = greeting(&config, host.as_ref());
+    gate.open(Services { broker, host });
     let (stop_broker, broker_stops) = watch::channel(false);
     let mut working = tokio::spawn(service.run(raised(broker_stops)));
     gate.done(BROKER);
-    print_line(format!("tidegate {} serves http://{address} with {}", env!("CARGO_PKG_VERSION"), config.provider))?;
+    print_line(format!("tidegate {} serves http://{address} {greeting}", env!("CARGO_PKG_VERSION")))?;
 
     let early = tokio::select! {
         () = raised_ref(&mut stop) => None,
@@ -87,6 +96,8 @@ async fn serve(config: Config) -> Result<Exit> {
     gate.wait(STOPPING);
     close_edge.send_replace(true);
     edge.await.context("the HTTP edge broke")?;
+    stop_following.send_replace(true);
+    following.await.context("the plugins' folder is followed no more")?;
     let ended = match early {
         Some(ended) => ended.context("the broker broke").and(Err(anyhow::anyhow!("the broker ended by itself"))),
         None => {
@@ -105,12 +116,29 @@ async fn join(working: JoinHandle<crate::Result<()>>) -> Result<()> {
 async fn open_provider(config: &Config) -> Result<Arc<dyn Provider>> {
     match ProviderUrl::parse(&config.provider)? {
         ProviderUrl::Memory => Ok(Arc::new(MemoryProvider::open(config.memory.clone())?)),
-        ProviderUrl::Sqlite(path) => open_sqlite(&path).await,
+        ProviderUrl::Sqlite => Ok(Arc::new(SqliteProvider::open(config.sqlite.clone()).await?)),
     }
 }
 
-async fn open_sqlite(path: &Path) -> Result<Arc<dyn Provider>> {
-    anyhow::bail!("sqlite {} cannot be opened", path.display())
+/// Loads the plugins of the configured folder, if there is one, and follows it from then on.
+async fn start_plugins(
+    config: &Config,
+    broker: &Broker,
+    metrics: Metrics,
+    stop: watch::Receiver<bool>,
+) -> Result<(Option<Host>, JoinHandle<()>)> {
+    let Some(directory) = &config.host.directory else { return Ok((None, tokio::spawn(async {}))) };
+    let host = Host::new(config.host.clone(), Some(metrics))?;
+    let mut folder = Folder::open(host.clone(), directory)?;
+    follow::load(&mut folder, broker).await?;
+    Ok((Some(host), tokio::spawn(follow::follow(folder, broker.clone(), stop))))
+}
+
+/// With what is served, in words.
+fn greeting(config: &Config, host: Option<&Host>) -> String {
+    let count = host.map(|host| host.plugins().iter().filter(|plugin| plugin.active.is_some()).count());
+    let plugins = count.map_or_else(|| "no folder of plugins".to_owned(), |count| format!("{count} plugins"));
+    format!("with {} and {plugins}", config.provider)
 }
 
 /// A flag that the first SIGINT or SIGTERM raises. The second ends the process.

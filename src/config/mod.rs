@@ -9,6 +9,7 @@ mod original;
 mod secrets;
 mod tree;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -17,8 +18,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::{broker, http, metrics};
-use crate::provider::memory;
+use crate::{broker, host, http, metrics};
+use crate::provider::{memory, sqlite};
 
 pub use tree::Setting;
 
@@ -44,6 +45,12 @@ pub struct Config {
     pub http: http::Options,
     /// The store in memory.
     pub memory: memory::Options,
+    /// The store in a SQLite file.
+    pub sqlite: sqlite::Options,
+    /// What runs plugins.
+    pub host: host::Options,
+    /// What each plugin is granted and configured with, by its name.
+    pub plugins: BTreeMap<String, host::PluginOptions>,
 }
 
 /// Bounds that more than one part keeps.
@@ -89,6 +96,9 @@ impl Default for Config {
             broker: broker::Options::default(),
             http: http::Options::default(),
             memory: memory::Options::default(),
+            sqlite: sqlite::Options::default(),
+            host: host::Options::default(),
+            plugins: BTreeMap::new(),
         }
     }
 }
@@ -111,7 +121,7 @@ pub enum ProviderUrl {
     /// `memory:`.
     Memory,
     /// `sqlite://PATH`.
-    Sqlite(PathBuf),
+    Sqlite,
 }
 
 impl ProviderUrl {
@@ -127,7 +137,8 @@ impl ProviderUrl {
             ("memory", "") => Ok(Self::Memory),
             ("memory", _) => refuse("must be memory: with nothing behind it".to_owned()),
             ("sqlite", "") => refuse("names no file: write sqlite://PATH".to_owned()),
-            ("sqlite", path) => Ok(Self::Sqlite(path.into())),
+            ("sqlite", _) if url.starts_with("sqlite://") => Ok(Self::Sqlite),
+            ("sqlite", _) => refuse("must be sqlite://PATH".to_owned()),
             ("postgres" | "postgresql" | "redis" | "rediss" | "nats" | "database", _) => {
                 refuse(format!("provider {scheme} is not served; {served}"))
             }
@@ -179,6 +190,8 @@ impl Config {
         config.instance_id = instance::resolve(&config.instance_id, |name| sources.variable(name).map(str::to_owned))?;
         config.broker.instance_id.clone_from(&config.instance_id);
         config.broker.max_payload = config.limits.max_payload.as_u64();
+        config.sqlite.url.clone_from(&config.provider);
+        config.host.plugins.clone_from(&config.plugins);
         config.validate()?;
         Ok(config)
     }

@@ -82,6 +82,7 @@ fn a_provider_that_is_not_served_is_named() {
         ("postgres://app:hunter2@db/x", "postgres is not served"),
         ("kafka://x", "unknown provider: kafka"),
         ("sqlite:", "names no file"),
+        ("sqlite:x.db", "must be sqlite://PATH"),
         ("memory:x", "nothing behind it"),
         ("", "unknown provider: "),
     ] {
