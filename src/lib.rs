@@ -16,6 +16,7 @@ pub mod provider;
 pub mod broker;
 pub mod host;
 pub mod http;
+pub mod config;
 pub mod cli;
 
 pub use broker::{Answer, Broker, Published};

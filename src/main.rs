@@ -1,3 +1,7 @@
-//! The `tidegate` command.
+//! The binary: hands its arguments to the command line and exits as that says.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tidegate::cli::main()
+}

@@ -66,7 +66,8 @@ pub struct Options {
     pub worker_count: NonZeroUsize,
     /// The most publishes that wait for the store at once, and the most deliveries leased ahead of free workers.
     pub buffer_size: NonZeroUsize,
-    /// Names this process in events, leases and attempts. Required.
+    /// Names this process in events, leases and attempts. Required. A key of its own in the configuration.
+    #[serde(skip)]
     pub instance_id: String,
     /// The retry policy where plugin and subscription say nothing.
     pub retry: RetryPolicy,
@@ -85,12 +86,14 @@ pub struct Options {
     /// The longest that `publish` waits in [`Mode::Sync`].
     #[serde(with = "friendly::required")]
     pub sync_deadline: Duration,
-    /// The largest payload, in bytes.
+    /// The largest payload, in bytes. In the configuration `limits.max_payload`.
+    #[serde(skip)]
     pub max_payload: u64,
     /// Finished events older than this are removed; `None` keeps them.
-    #[serde(with = "friendly::optional")]
+    #[serde(skip_serializing_if = "Option::is_none", with = "friendly::optional")]
     pub keep_for: Option<Duration>,
     /// While there are more events than this, the oldest finished ones are removed; `None` for no bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_events: Option<u64>,
     /// Seeds the jitter of retries; `None` for a seed of chance.
     #[serde(skip)]

@@ -1,3 +1,134 @@
-//! The command line.
+//! The command line: `serve`, and a client for everything that a running server is asked.
+//!
+//! Answers go to standard output, as tables for people or as the server's JSON with `--json`; words about trouble go to
+//! standard error. Exit codes: 0 done, 1 failed, 2 usage or bad configuration, 3 not found, 4 host unreachable.
 
+mod client;
+mod config;
+mod dead;
+mod events;
+mod exit;
+mod follow;
 pub mod plugin;
+mod plugins;
+mod publish;
+mod replay;
+mod serve;
+mod subscriptions;
+mod table;
+mod view;
+
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+
+use self::exit::Exit;
+
+/// An event handler host: durable events, glob subscriptions, sandboxed WebAssembly handlers.
+#[derive(Parser)]
+#[command(name = "tidegate", version, max_term_width = 100, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 usage or bad configuration, 3 not found, 4 host unreachable";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the server: the broker, the plugins and HTTP
+    Serve(serve::Args),
+    /// Publish an event, or several from a file
+    Publish(publish::Args),
+    /// List events, or show one
+    #[command(subcommand)]
+    Events(events::Command),
+    /// List subscriptions, pause and resume them
+    #[command(subcommand)]
+    Subscriptions(subscriptions::Command),
+    /// List dead letters, or give them new attempts
+    #[command(subcommand)]
+    Dead(dead::Command),
+    /// Deliver a stretch of the log to a subscription again
+    Replay(replay::Args),
+    /// Build, check and inspect plugins; list those that a server runs
+    #[command(subcommand)]
+    Plugin(plugins::Command),
+    /// Print the configuration that is in force, secrets masked
+    Config(config::Args),
+}
+
+/// Runs the command that the arguments name.
+#[must_use]
+pub fn main() -> ExitCode {
+    let Cli { command } = Cli::parse();
+    let json = command.is_json();
+    match run(command) {
+        Ok(exit) => exit.into(),
+        Err(error) => exit::report(&error, json).into(),
+    }
+}
+
+impl Command {
+    /// Whether trouble is told as JSON too.
+    fn is_json(&self) -> bool {
+        match self {
+            Self::Serve(_) => false,
+            Self::Publish(args) => args.client.json,
+            Self::Events(command) => command.client().json,
+            Self::Subscriptions(command) => command.client().json,
+            Self::Dead(command) => command.client().json,
+            Self::Replay(args) => args.client.json,
+            Self::Plugin(command) => command.is_json(),
+            Self::Config(args) => args.json,
+        }
+    }
+}
+
+fn run(command: Command) -> Result<Exit> {
+    match command {
+        Command::Serve(args) => serve::run(args),
+        Command::Publish(args) => wait(publish::run(args)),
+        Command::Events(command) => wait(events::run(command)),
+        Command::Subscriptions(command) => wait(subscriptions::run(command)),
+        Command::Dead(command) => wait(dead::run(command)),
+        Command::Replay(args) => wait(replay::run(args)),
+        Command::Plugin(command) => plugins::run(command),
+        Command::Config(args) => config::run(args),
+    }
+}
+
+/// Runs a client's work: one thread is plenty.
+fn wait(work: impl Future<Output = Result<Exit>>) -> Result<Exit> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.context("cannot start the runtime")?.block_on(work)
+}
+
+/// Writes to standard output. That nobody reads any more is no failure.
+fn print(text: impl AsRef<[u8]>) -> Result<Exit> {
+    let mut out = io::stdout().lock();
+    let written = out.write_all(text.as_ref()).and_then(|()| out.flush());
+    match written {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot write to standard output"),
+        _ => Ok(Exit::Done),
+    }
+}
+
+/// Writes a JSON text as a line.
+fn print_line(text: impl AsRef<[u8]>) -> Result<Exit> {
+    let mut line = text.as_ref().to_vec();
+    line.push(b'\n');
+    print(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_tree_is_sound() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 
 use super::gate::{Gate, Services};
 use super::problem::Problem;
-use super::{Options, auth, dead_letters, events, replays, status, subscriptions};
+use super::{Options, auth, dead_letters, events, plugins, replays, status, subscriptions};
 use crate::broker::Broker;
 use crate::metrics::Metrics;
 
@@ -61,6 +61,7 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/dead-letters", get(dead_letters::list))
         .route("/v1/dead-letters/redrive", post(dead_letters::redrive))
         .route("/v1/replays", post(replays::start))
+        .route("/v1/plugins", get(plugins::list))
         .route("/v1/stats", get(status::stats))
         .route("/metrics", get(status::metrics))
         .route("/healthz", get(status::live))
@@ -74,7 +75,7 @@ pub(super) fn router(app: App) -> Router {
 }
 
 async fn unknown_path(request: Request) -> Problem {
-    let known = ["/v1/events", "/v1/subscriptions", "/v1/dead-letters", "/v1/replays", "/v1/stats", "/metrics"];
+    let known = ["/v1/events", "/v1/subscriptions", "/v1/dead-letters", "/v1/replays", "/v1/plugins", "/v1/stats", "/metrics"];
     let hint = super::problem::suggestion(request.uri().path(), known);
     Problem::new(StatusCode::NOT_FOUND, "not_found", format!("nothing is served at {}{hint}", request.uri().path()))
 }

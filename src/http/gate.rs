@@ -10,12 +10,15 @@ use arc_swap::ArcSwapOption;
 
 use super::problem::Problem;
 use crate::broker::Broker;
+use crate::host::Host;
 
 /// What the edge hands requests to.
 #[derive(Clone)]
 pub struct Services {
     /// Takes events in and knows what became of them.
     pub broker: Broker,
+    /// Runs plugins, where there are any.
+    pub host: Option<Host>,
 }
 
 /// A door that is opened once everything behind it is ready, and closed when it stops. Cheap to clone.

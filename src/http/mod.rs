@@ -12,6 +12,7 @@ mod dead_letters;
 mod events;
 mod gate;
 mod input;
+mod plugins;
 mod problem;
 mod query;
 mod replays;

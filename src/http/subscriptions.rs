@@ -14,7 +14,7 @@ use super::problem::{Problem, suggestion};
 use super::query::Query;
 use crate::broker::{SubscriptionPatch, SubscriptionStatus};
 use crate::error::{Error, Result};
-use crate::subscription::Subscription;
+use crate::subscription::{HandlerRef, Subscription};
 
 #[derive(Serialize)]
 pub(super) struct Listing {
@@ -34,6 +34,10 @@ pub(super) async fn declare(
     body: Body,
 ) -> Result<(StatusCode, Json<SubscriptionStatus>), Problem> {
     let subscription: Subscription = read(&app, &headers, body, &["name", "pattern"]).await?;
+    if let HandlerRef::Plugin(plugin) = &subscription.handler {
+        let reason = "must be native: the subscriptions of a plugin are what its manifest says";
+        return Err(Error::invalid("handler", format!("plugin:{plugin}"), reason).into());
+    }
     let (broker, name) = (app.broker()?, subscription.name.clone());
     broker.declare(subscription).await?;
     Ok((StatusCode::CREATED, Json(find(broker.subscriptions(), &name)?)))

@@ -43,7 +43,9 @@ use crate::event::Seq;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
-    /// `sqlite://` and a path, relative to the working directory unless it begins with a slash.
+    /// `sqlite://` and a path, relative to the working directory unless it begins with a slash. In the configuration
+    /// it is `provider`.
+    #[serde(skip, default = "Options::default_url")]
     pub url: String,
     /// How many connections read.
     pub readers: u32,
@@ -54,7 +56,13 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { url: "sqlite://tidegate.db".to_owned(), readers: 4, poll_interval: Duration::from_millis(50) }
+        Self { url: Self::default_url(), readers: 4, poll_interval: Duration::from_millis(50) }
+    }
+}
+
+impl Options {
+    fn default_url() -> String {
+        "sqlite://tidegate.db".to_owned()
     }
 }
 

@@ -1,0 +1,173 @@
+//! `tidegate serve`: opens the store, runs the broker, and serves HTTP until it is told to stop.
+//!
+//! The one place that names both a provider and the host of plugins. A stop goes outside in: no more connections,
+//! requests finish, attempts in progress finish, the store closes. A second signal ends at once.
+
+use std::io::IsTerminal as _;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tracing_subscriber::EnvFilter;
+
+use super::config::Flags;
+use super::exit::Exit;
+use super::follow;
+use super::print_line;
+use crate::broker::Broker;
+use crate::config::{Config, Log, LogFormat, ProviderUrl};
+use crate::error::Error;
+use crate::host::{Folder, Host};
+use crate::http::{Gate, Server, Services};
+use crate::metrics::Metrics;
+use crate::provider::Provider;
+use crate::provider::memory::MemoryProvider;
+use crate::provider::sqlite::SqliteProvider;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    flags: Flags,
+}
+
+/// What `/readyz` says while the store is not open.
+const STORE: &str = "the store is not open yet";
+
+/// What `/readyz` says while plugins are compiled.
+const PLUGINS: &str = "the plugins are not loaded yet";
+
+/// What `/readyz` says while the broker does not run.
+const BROKER: &str = "the broker does not run yet";
+
+/// What `/readyz` says once a stop has begun.
+const STOPPING: &str = "tidegate is stopping";
+
+/// Serves until a signal.
+pub(super) fn run(args: Args) -> Result<Exit> {
+    let config = args.flags.load()?;
+    if !config.enabled {
+        eprintln!("the broker is disabled (enabled: false in the configuration): nothing is served");
+        return Ok(Exit::Done);
+    }
+    log_to_stderr(&config.log)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    runtime.block_on(serve(config))
+}
+
+fn log_to_stderr(log: &Log) -> Result<()> {
+    let filter = EnvFilter::try_new(&log.filter)
+        .map_err(|error| Error::invalid("log.filter", &log.filter, format!("is no filter: {error}")))?;
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = lines.with_ansi(std::io::stderr().is_terminal());
+    let started = match log.format {
+        LogFormat::Text => lines.try_init(),
+        LogFormat::Json => lines.json().try_init(),
+    };
+    started.map_err(|error| anyhow::anyhow!("cannot start the log: {error}"))
+}
+
+async fn serve(config: Config) -> Result<Exit> {
+    let mut stop = stop_signal().context("cannot listen for signals")?;
+    let metrics = Metrics::new(config.limits.metric_types);
+    let gate = Gate::waiting_for([STORE, PLUGINS, BROKER]);
+    let server = Server::bind(config.listen, config.http.clone(), metrics.clone(), gate.clone()).await?;
+    let address = server.address()?;
+    let (close_edge, edge_closes) = watch::channel(false);
+    let edge = tokio::spawn(server.run(raised(edge_closes)));
+
+    let provider = open_provider(&config).await?;
+    gate.done(STORE);
+    let (broker, service) = Broker::open(Arc::clone(&provider), config.broker.clone(), metrics.clone()).await?;
+    let (stop_following, following_stops) = watch::channel(false);
+    let (host, following) = start_plugins(&config, &broker, metrics, following_stops).await?;
+    gate.done(PLUGINS);
+    let greeting = greeting(&config, host.as_ref());
+    gate.open(Services { broker, host });
+    let (stop_broker, broker_stops) = watch::channel(false);
+    let mut working = tokio::spawn(service.run(raised(broker_stops)));
+    gate.done(BROKER);
+    print_line(format!("tidegate {} serves http://{address} {greeting}", env!("CARGO_PKG_VERSION")))?;
+
+    let early = tokio::select! {
+        () = raised_ref(&mut stop) => None,
+        ended = &mut working => Some(ended),
+    };
+    gate.wait(STOPPING);
+    close_edge.send_replace(true);
+    edge.await.context("the HTTP edge broke")?;
+    stop_following.send_replace(true);
+    following.await.context("the plugins' folder is followed no more")?;
+    let ended = match early {
+        Some(ended) => ended.context("the broker broke").and(Err(anyhow::anyhow!("the broker ended by itself"))),
+        None => {
+            stop_broker.send_replace(true);
+            join(working).await
+        }
+    };
+    provider.close().await?;
+    ended.map(|()| Exit::Done)
+}
+
+async fn join(working: JoinHandle<crate::Result<()>>) -> Result<()> {
+    Ok(working.await.context("the broker broke")??)
+}
+
+async fn open_provider(config: &Config) -> Result<Arc<dyn Provider>> {
+    match ProviderUrl::parse(&config.provider)? {
+        ProviderUrl::Memory => Ok(Arc::new(MemoryProvider::open(config.memory.clone())?)),
+        ProviderUrl::Sqlite => Ok(Arc::new(SqliteProvider::open(config.sqlite.clone()).await?)),
+    }
+}
+
+/// Loads the plugins of the configured folder, if there is one, and follows it from then on.
+async fn start_plugins(
+    config: &Config,
+    broker: &Broker,
+    metrics: Metrics,
+    stop: watch::Receiver<bool>,
+) -> Result<(Option<Host>, JoinHandle<()>)> {
+    let Some(directory) = &config.host.directory else { return Ok((None, tokio::spawn(async {}))) };
+    let host = Host::new(config.host.clone(), Some(metrics))?;
+    let mut folder = Folder::open(host.clone(), directory)?;
+    follow::load(&mut folder, broker).await?;
+    Ok((Some(host), tokio::spawn(follow::follow(folder, broker.clone(), stop))))
+}
+
+/// With what is served, in words.
+fn greeting(config: &Config, host: Option<&Host>) -> String {
+    let count = host.map(|host| host.plugins().iter().filter(|plugin| plugin.active.is_some()).count());
+    let plugins = count.map_or_else(|| "no folder of plugins".to_owned(), |count| format!("{count} plugins"));
+    format!("with {} and {plugins}", config.provider)
+}
+
+/// A flag that the first SIGINT or SIGTERM raises. The second ends the process.
+fn stop_signal() -> std::io::Result<watch::Receiver<bool>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let (raise, stop) = watch::channel(false);
+    tokio::spawn(async move {
+        for second in [false, true] {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            if second {
+                tracing::warn!("a second signal: ending at once");
+                std::process::exit(1);
+            }
+            tracing::info!("stopping; a second signal ends at once");
+            raise.send_replace(true);
+        }
+    });
+    Ok(stop)
+}
+
+async fn raised(mut flag: watch::Receiver<bool>) {
+    raised_ref(&mut flag).await;
+}
+
+/// Completes once the flag is raised, or its owner is gone.
+async fn raised_ref(flag: &mut watch::Receiver<bool>) {
+    drop(flag.wait_for(|&raised| raised).await);
+}

@@ -1,0 +1,139 @@
+//! The original broker's YAML, `event_broker:` …, translated into our tree.
+//!
+//! Every key that it knew is read and checked. What configures a store that this version does not serve, or does not
+//! use, has no counterpart and goes no further.
+
+use std::time::Duration;
+
+use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::tree;
+use crate::broker::Mode;
+use crate::error::{Error, Result};
+
+/// The one key of the file.
+const ROOT: &str = "event_broker";
+
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Original {
+    enabled: bool,
+    provider: String,
+    mode: Mode,
+    worker_count: u64,
+    buffer_size: u64,
+    instance_id: String,
+    retry_policy: Retry,
+    #[serde(rename = "redis")]
+    _redis: Option<Redis>,
+    #[serde(rename = "nats")]
+    _nats: Option<Nats>,
+    #[serde(rename = "database")]
+    _database: Option<Database>,
+}
+
+impl Default for Original {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            provider: "memory".to_owned(),
+            mode: Mode::Async,
+            worker_count: 10,
+            buffer_size: 1_000,
+            instance_id: String::new(),
+            retry_policy: Retry::default(),
+            _redis: None,
+            _nats: None,
+            _database: None,
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Retry {
+    max_retries: u32,
+    #[serde(with = "friendly::required")]
+    initial_delay: Duration,
+    #[serde(with = "friendly::required")]
+    max_delay: Duration,
+    backoff_factor: f64,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self {
+            max_retries: 3,
+            initial_delay: Duration::from_secs(1),
+            max_delay: Duration::from_secs(30),
+            backoff_factor: 2.0,
+        }
+    }
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Redis {
+    stream_name: String,
+    consumer_group: String,
+    max_len: i64,
+    host: String,
+    port: u16,
+    password: String,
+    db: u32,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Nats {
+    url: String,
+    stream_name: String,
+    subjects: Vec<String>,
+    storage: String,
+    #[serde(with = "friendly::required")]
+    max_age: Duration,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Database {
+    table_name: String,
+    channel: String,
+    #[serde(with = "friendly::required")]
+    poll_interval: Duration,
+}
+
+/// The tree that `root` means.
+///
+/// # Errors
+/// [`Error::Invalid`] naming the key below `event_broker`.
+pub(super) fn translate(mut root: Map<String, Value>) -> Result<Value> {
+    let section = root.remove(ROOT).unwrap_or_default();
+    if let Some(other) = root.keys().next() {
+        let reason = "cannot stand beside event_broker: that is the original broker's file, which has no other key";
+        return Err(Error::invalid(other.clone(), "", reason));
+    }
+    let section = if section.is_null() { Value::Object(Map::new()) } else { section };
+    let original: Original = tree::read(section, &[], None).map_err(|error| super::within(ROOT, error))?;
+    Ok(json!({
+        "enabled": original.enabled,
+        "provider": provider(&original.provider)?,
+        "instance_id": original.instance_id,
+        "broker": {
+            "mode": original.mode,
+            "worker_count": original.worker_count,
+            "buffer_size": original.buffer_size,
+            "retry": serde_json::to_value(original.retry_policy).unwrap_or_default(),
+        },
+    }))
+}
+
+/// The URL of a store that the original knew by name. Whether it is served is not decided here.
+fn provider(name: &str) -> Result<String> {
+    match name {
+        "memory" | "redis" | "nats" | "database" => Ok(format!("{name}:")),
+        other => Err(Error::invalid("event_broker.provider", other, format!("unknown provider: {other}"))),
+    }
+}
