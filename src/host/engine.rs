@@ -30,6 +30,9 @@ const RESIDENT_TABLE: usize = 64 << 10;
 /// Core instances, memories and tables that the pool holds per attempt: guests with WASI inside have a few of each.
 const PARTS_PER_ATTEMPT: u32 = 4;
 
+/// What a small pool has of them nevertheless: one Python guest takes some thirty.
+const FEWEST_PARTS: u32 = 256;
+
 /// What an engine is made with.
 pub(super) struct Settings {
     /// Attempts at once.
@@ -57,14 +60,14 @@ impl Engine {
     /// once in the log.
     ///
     /// # Errors
-    /// [`Error::Plugin`] when the platform cannot run guests, and [`Error::Invalid`] for a cache folder that others
-    /// can write to.
+    /// [`Error::Incompatible`] when the platform cannot run guests, and [`Error::Invalid`] for a cache folder that
+    /// others can write to.
     pub(super) fn new(settings: &Settings) -> Result<Self> {
         let wasmtime = pooled(settings).or_else(|error| {
             tracing::warn!(error = format!("{error:#}"), "no pool for instances, each is allocated by itself");
             wasmtime::Engine::new(&config())
         });
-        let wasmtime = wasmtime.map_err(|error| Error::plugin("*", format!("no engine to run it: {error:#}")))?;
+        let wasmtime = wasmtime.map_err(|error| unusable(format!("cannot be started: {error:#}")))?;
         let cache = match &settings.cache {
             Some(folder) => Some(Arc::new(Cache::open(folder, &wasmtime)?)),
             None => None,
@@ -112,6 +115,10 @@ impl Engine {
     }
 }
 
+fn unusable(reason: String) -> Error {
+    Error::Incompatible { what: "the engine for plugins".to_owned(), reason: reason.into() }
+}
+
 fn config() -> Config {
     let mut config = Config::new();
     config
@@ -126,7 +133,7 @@ fn config() -> Config {
 }
 
 fn pooled(settings: &Settings) -> wasmtime::Result<wasmtime::Engine> {
-    let parts = settings.slots.saturating_mul(PARTS_PER_ATTEMPT);
+    let parts = settings.slots.saturating_mul(PARTS_PER_ATTEMPT).max(FEWEST_PARTS);
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(settings.slots)
         .total_stacks(settings.slots)
@@ -156,6 +163,6 @@ fn tick(engine: &wasmtime::Engine) -> Result<Sender<()>> {
         }
     };
     let thread = std::thread::Builder::new().name("tidegate-epochs".into());
-    thread.spawn(work).map_err(|error| Error::plugin("*", format!("no thread to end it in time: {error}")))?;
+    thread.spawn(work).map_err(|error| unusable(format!("has no thread to keep time with: {error}")))?;
     Ok(alive)
 }

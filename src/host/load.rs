@@ -8,7 +8,7 @@ use bytes::Bytes;
 use bytesize::ByteSize;
 use wasmtime::component::Component;
 
-use super::bindings::{MAJOR, PACKAGE, PluginPre};
+use super::bindings::{HANDLER, MAJOR, PACKAGE, PluginPre};
 use super::component::{ComponentError, Interface, interface, manifest};
 use super::engine::Engine;
 use super::grants::{check_exports, decide};
@@ -116,11 +116,12 @@ fn check_memory(component: &Component, limits: &Limits) -> Result<(), String> {
 
 /// What a linker means when it says "wrong type".
 fn unfit(interface: &Interface, error: &wasmtime::Error) -> String {
-    let ours = interface.imports.iter().chain(&interface.exports).filter(|name| name.starts_with(PACKAGE));
-    let names: Vec<&str> = ours.map(String::as_str).collect();
+    let words = format!("{error:#}");
+    let all = interface.imports.iter().chain(&interface.exports).map(String::as_str);
+    let named: Vec<&str> = all.filter(|name| words.contains(name)).collect();
+    let names = if named.is_empty() { HANDLER.to_owned() } else { named.join(", ") };
     format!(
-        "uses {} in a shape that differs from {PACKAGE} {MAJOR}.x as this host serves it: build it again with the \
-         plugin.wit of this version (the engine says: {error:#})",
-        names.join(", ")
+        "uses {names} in a shape that differs from the one that this host serves ({PACKAGE} {MAJOR}.x, WASI 0.2): \
+         build it again with the plugin.wit of this version (the engine says: {words})"
     )
 }

@@ -4,6 +4,7 @@
 //! name, and whoever serves binds its subscriptions.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -122,7 +123,8 @@ pub struct Checked {
 /// # Errors
 /// [`Error::Plugin`] with what is wrong and what to do; `origin` stands for the name until that is known.
 pub async fn check(options: &Options, origin: &str, bytes: Bytes) -> Result<Checked> {
-    let plugin = Host::new(options.clone(), None)?.load(origin, bytes).await?;
+    let options = Options { instances: NonZeroU32::MIN, ..options.clone() };
+    let plugin = Host::new(options, None)?.load(origin, bytes).await?;
     Ok(Checked {
         digest: Arc::clone(plugin.digest()),
         size: plugin.size,
@@ -136,7 +138,7 @@ impl Host {
     /// Starts the engine. No plugin is loaded yet.
     ///
     /// # Errors
-    /// [`Error::Plugin`] when guests cannot be run here, and [`Error::Invalid`] for a cache folder that is not private.
+    /// [`Error::Incompatible`] when guests cannot be run here, and [`Error::Invalid`] for a cache folder that is not private.
     pub fn new(options: Options, metrics: Option<Metrics>) -> Result<Self> {
         let settings =
             Settings { slots: options.instances.get(), max_memory: options.max_memory(), cache: options.cache.clone() };

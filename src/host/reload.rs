@@ -93,7 +93,8 @@ impl Folder {
         let hints = Arc::new(Notify::new());
         let hint = Arc::clone(&hints);
         let told = move |event: notify::Result<notify::Event>| {
-            if event.is_ok_and(|event| is_change(event.kind)) {
+            // An error means that something was missed.
+            if event.map_or(true, |event| is_change(event.kind)) {
                 hint.notify_one();
             }
         };
@@ -106,7 +107,7 @@ impl Folder {
         Ok(Self { host, directory: directory.to_owned(), files: Files::new(), hints, stale: true, _watcher })
     }
 
-    /// Waits until something changed and the folder is quiet again. Returns at once before the first scan.
+    /// Waits until something changed and the folder is quiet again. Before the first scan it waits for quiet only.
     ///
     /// Dropping the future loses nothing.
     pub async fn changed(&mut self) {

@@ -12,7 +12,7 @@ use super::{Host, Options, PluginOptions, check};
 use crate::delivery::Verdict;
 use crate::error::Result;
 use crate::event::{Event, EventType, Payload, Source};
-use crate::handler::{Call, KvRead};
+use crate::handler::{Call, Handler as _, KvRead, Outcome};
 
 struct Empty;
 
@@ -141,4 +141,89 @@ async fn a_name_without_a_version_answers_as_a_host_fault() {
     assert_eq!(outcome.verdict, Verdict::HostFault);
     assert_eq!(outcome.fault.unwrap().code, "no-active-version");
     assert!(host.plugins().is_empty());
+}
+
+/// WASI 0.2 as far as these tests need it.
+const WASI: &str = r#"
+package tests:guests;
+
+package wasi:io@0.2.0 {
+    interface error { resource error; }
+    interface streams {
+        use error.{error};
+        resource output-stream {
+            blocking-write-and-flush: func(contents: list<u8>) -> result<_, stream-error>;
+        }
+        variant stream-error { last-operation-failed(error), closed }
+    }
+}
+
+package wasi:cli@0.2.0 {
+    interface exit { exit: func(status: result); }
+    interface environment { get-arguments: func() -> list<string>; get-environment: func() -> list<tuple<string, string>>; }
+    interface stdout { use wasi:io/streams@0.2.0.{output-stream}; get-stdout: func() -> output-stream; }
+}
+
+world commanding {
+    import wasi:cli/exit@0.2.0;
+    import wasi:cli/environment@0.2.0;
+    import wasi:cli/stdout@0.2.0;
+    export tidegate:plugin/handler@1.0.0;
+}
+"#;
+
+/// A guest that was built for WASI: `handle` does this and then succeeds.
+fn wasi_guest(handle: &str) -> Vec<u8> {
+    let module = format!(
+        r#"(module
+            (import "wasi:cli/exit@0.2.0" "exit" (func $exit (param i32)))
+            (import "wasi:cli/environment@0.2.0" "get-environment" (func $environment (param i32)))
+            (import "wasi:cli/environment@0.2.0" "get-arguments" (func $arguments (param i32)))
+            (import "wasi:cli/stdout@0.2.0" "get-stdout" (func $stdout (result i32)))
+            (import "wasi:io/streams@0.2.0" "[method]output-stream.blocking-write-and-flush"
+                (func $write (param i32 i32 i32 i32)))
+            (memory (export "memory") 1)
+            (data (i32.const 64) "hello from stdout\n")
+            (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) i32.const 1024)
+            (func (export "tidegate:plugin/handler@1.0.0#handle")
+                (param i32 i32 i64 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32) (result i32)
+                {handle}
+                i32.const 512))"#
+    );
+    let mut resolve = wit_parser::Resolve::default();
+    resolve.push_source("plugin.wit", include_str!("../../wit/plugin.wit")).unwrap();
+    let package = resolve.push_source("wasi.wit", WASI).unwrap();
+    let world = resolve.select_world(&[package], Some("commanding")).unwrap();
+    let mut module = wat::parse_str(module).unwrap();
+    wit_component::embed_component_metadata(&mut module, &resolve, world, wit_component::StringEncoding::UTF8).unwrap();
+    embed_manifest(&super::component::componentise(&module).unwrap(), MANIFEST).unwrap()
+}
+
+async fn handled(handle: &str) -> Outcome {
+    let host = Host::new(options(), None).unwrap();
+    host.load("wasi.wasm", wasi_guest(handle).into()).await.unwrap().handle(call("null")).await
+}
+
+#[tokio::test]
+async fn what_a_wasi_guest_writes_to_stdout_becomes_log_lines() {
+    let outcome = handled("(call $write (call $stdout) (i32.const 64) (i32.const 18) (i32.const 256))").await;
+    assert_eq!(outcome.verdict, Verdict::Ok, "{outcome:?}");
+    let lines: Vec<_> = outcome.trace.log.iter().map(|line| (line.level, &*line.message)).collect();
+    assert_eq!(lines, [(2, "hello from stdout")]);
+}
+
+#[tokio::test]
+async fn exit_ends_the_attempt_only() {
+    let outcome = handled("(call $exit (i32.const 1))").await;
+    assert_eq!(outcome.verdict, Verdict::Trap, "{outcome:?}");
+    let fault = outcome.fault.unwrap();
+    assert_eq!((&*fault.code, &*fault.message), ("exit", "the guest exited with status 1"));
+}
+
+#[tokio::test]
+async fn a_wasi_guest_sees_no_environment_and_no_arguments() {
+    let neither = "(call $environment (i32.const 256)) (call $arguments (i32.const 264))
+        (if (i32.or (i32.load (i32.const 260)) (i32.load (i32.const 268))) (then unreachable))";
+    let outcome = handled(neither).await;
+    assert_eq!(outcome.verdict, Verdict::Ok, "{outcome:?}");
 }

@@ -126,9 +126,11 @@ claims! {
         an_erased_event_is_gone_but_its_id_and_seq_stay_used,
         pruning_by_age_never_removes_open_work,
         pruning_by_count_removes_the_oldest_finished_events,
+        an_erased_id_is_forgotten_with_its_age,
         seq_goes_on_after_everything_was_pruned,
         what_was_stored_is_there_after_reopening,
         a_change_ticks_whoever_waits,
+        closing_leaves_no_call_hanging,
         a_closed_store_answers_stopped,
     ;
     documents:

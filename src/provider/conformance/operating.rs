@@ -1,5 +1,6 @@
 //! Claims about `amend`, `prune`, `stats`, `wake`, `close`, and what outlives a restart.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::scene::{LEASE, Scene, appends, ended, event, event_with_id, request, retry, seqs, set, success_with};
@@ -182,6 +183,19 @@ pub async fn pruning_by_count_removes_the_oldest_finished_events(scene: Scene) {
     assert_eq!(scene.claim("s", 9).await.len(), 1);
 }
 
+/// What retention lets go of is forgotten altogether, also the id of an erased event.
+pub async fn an_erased_id_is_forgotten_with_its_age(scene: Scene) {
+    scene.append(vec![event_with_id("e1"), event_with_id("e2")], &["s"]).await;
+    amend(&scene, Amendment::Erase { id: "e1".into() }).await;
+    scene.advance(Duration::from_secs(7_200)).await;
+    let hour = Retention { max_age: Some(Duration::from_secs(3_600)), max_events: None };
+    assert_eq!(scene.provider.prune(&hour).await.unwrap(), 0, "an erased event has gone before");
+    assert_eq!(scene.provider.read(0, 9).await.unwrap().floor, 2);
+    let again = scene.append(vec![event_with_id("e1"), event_with_id("e2")], &[]).await;
+    assert_eq!((again[0].seq, again[0].duplicate), (3, false));
+    assert_eq!((again[1].seq, again[1].duplicate), (2, true));
+}
+
 /// DESIGN §2, invariant 2.
 pub async fn seq_goes_on_after_everything_was_pruned(mut scene: Scene) {
     scene.append(vec![event_with_id("e1"), event_with_id("e2")], &[]).await;
@@ -246,6 +260,21 @@ pub async fn a_change_ticks_whoever_waits(scene: Scene) {
     wake.mark_unchanged();
     amend(&scene, Amendment::Erase { id: id.to_string() }).await;
     ticked(&mut wake, "amend").await;
+}
+
+/// Who calls while the store closes is answered one way or the other.
+pub async fn closing_leaves_no_call_hanging(scene: Scene) {
+    let mut calls = Vec::new();
+    for _ in 0..50 {
+        let provider = Arc::clone(&scene.provider);
+        calls.push(tokio::spawn(async move { provider.append(appends(vec![event("a")], &["s"])).await }));
+    }
+    tokio::task::yield_now().await;
+    scene.provider.close().await.unwrap();
+    for call in calls {
+        let answer = tokio::time::timeout(Duration::from_secs(30), call).await.unwrap().unwrap();
+        assert!(matches!(answer, Ok(_) | Err(Error::Stopped(_))), "{answer:?}");
+    }
 }
 
 /// Closing never hangs, and nothing works afterwards.

@@ -196,7 +196,7 @@ async fn nothing_is_left_of_what_was_pruned() {
     provider.append(appends(3)).await.unwrap();
     for next in [Next::Retry { after: Duration::ZERO }, Next::Complete] {
         let attempts = claim(&provider, 9).await.into_iter().map(|lease| Settlement {
-            attempt: Some(rules_attempt(&lease)),
+            attempt: Some(record(&lease)),
             key: lease.key,
             next,
             published: Vec::new(),
@@ -213,7 +213,7 @@ async fn nothing_is_left_of_what_was_pruned() {
     }
 }
 
-fn rules_attempt(lease: &Lease) -> crate::delivery::Attempt {
+fn record(lease: &Lease) -> crate::delivery::Attempt {
     let at = crate::event::micros(0);
     crate::provider::rules::lost_attempt(lease.number, "w".into(), at, at)
 }

@@ -22,6 +22,9 @@ use crate::provider::{
 /// The most requests of one commit.
 const GROUP: usize = 256;
 
+/// The most events and attempts of one commit, unless a single request has more.
+const WEIGHT: usize = 4_096;
+
 /// A write-ahead log longer than this is emptied when there is time.
 const LONG_LOG: u64 = 64 << 20;
 
@@ -58,6 +61,15 @@ impl Request {
     /// Whether losing it in a crash only means another attempt.
     fn may_be_lost(&self) -> bool {
         matches!(self, Self::Claim(_) | Self::Renew(..))
+    }
+
+    /// How many rows it is about, roughly.
+    fn weight(&self) -> usize {
+        match self {
+            Self::Append(batch) => batch.len(),
+            Self::Settle(batch) => batch.len(),
+            _ => 1,
+        }
     }
 
     fn action(&self) -> String {
@@ -205,12 +217,14 @@ impl Writer {
         tokio::task::yield_now().await;
         let (mut group, mut closing) = (Vec::new(), None);
         let mut next = Some(first);
+        let mut weight = 0;
         while let Some(job) = next.take() {
+            weight += job.request.weight();
             match job.request {
                 Request::Close => closing = Some(job.answer),
                 _ => group.push(job),
             }
-            if group.len() < GROUP && closing.is_none() {
+            if group.len() < GROUP && weight < WEIGHT && closing.is_none() {
                 next = jobs.try_recv().ok();
             }
         }
