@@ -65,7 +65,7 @@ impl Server {
             .stderr(file)
             .spawn()
             .unwrap();
-        let client = reqwest::Client::builder().timeout(Duration::from_secs(30)).build().unwrap();
+        let client = super::wire::client();
         Self { child, log, url: format!("http://{listen}"), client }
     }
 
