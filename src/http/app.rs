@@ -75,7 +75,8 @@ pub(super) fn router(app: App) -> Router {
 }
 
 async fn unknown_path(request: Request) -> Problem {
-    let known = ["/v1/events", "/v1/subscriptions", "/v1/dead-letters", "/v1/replays", "/v1/plugins", "/v1/stats", "/metrics"];
+    let known =
+        ["/v1/events", "/v1/subscriptions", "/v1/dead-letters", "/v1/replays", "/v1/plugins", "/v1/stats", "/metrics"];
     let hint = super::problem::suggestion(request.uri().path(), known);
     Problem::new(StatusCode::NOT_FOUND, "not_found", format!("nothing is served at {}{hint}", request.uri().path()))
 }
