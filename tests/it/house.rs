@@ -152,3 +152,26 @@ fn the_interface_in_the_sdk_is_the_hosts() {
     let sdk = std::fs::read_to_string(root.join("plugins/sdk/wit/plugin.wit")).unwrap();
     assert_eq!(host, sdk);
 }
+
+/// The names between backquotes in the last column of the table of invariants.
+fn tests_named_by_the_architecture() -> Vec<String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(root.join("ARCHITECTURE.md")).unwrap();
+    let section = text.split("## Invariants, and the tests that hold them").nth(1).unwrap();
+    let rows = section.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| |"));
+    let held_by = rows.filter_map(|row| row.trim_end_matches('|').rsplit_once('|')).map(|(_, held_by)| held_by);
+    held_by.flat_map(|cell| cell.split('`').skip(1).step_by(2).map(str::to_owned)).collect()
+}
+
+#[test]
+fn every_test_that_the_architecture_names_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut paths = Vec::new();
+    sources(&root.join("src"), &mut paths);
+    sources(&root.join("tests"), &mut paths);
+    let code: String = paths.iter().map(|path| std::fs::read_to_string(path).unwrap()).collect();
+    let named = tests_named_by_the_architecture();
+    assert!(named.len() > 30, "only {} tests are named", named.len());
+    let missing: Vec<_> = named.iter().filter(|name| !code.contains(&format!("fn {name}("))).collect();
+    assert!(missing.is_empty(), "{missing:#?}");
+}
