@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use tidegate::config::{Config, Sources};
+
 /// Who may import whom. `*` stands for everything.
 const TABLE: &[(&str, &[&str])] = &[
     ("error", &[]),
@@ -174,4 +176,22 @@ fn every_test_that_the_architecture_names_exists() {
     assert!(named.len() > 30, "only {} tests are named", named.len());
     let missing: Vec<_> = named.iter().filter(|name| !code.contains(&format!("fn {name}("))).collect();
     assert!(missing.is_empty(), "{missing:#?}");
+}
+
+#[test]
+fn the_documented_defaults_are_the_defaults() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(root.join("docs/configuration.md")).unwrap();
+    let documented = text.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let load = |text: &str| {
+        let file = folder.path().join("tidegate.toml");
+        std::fs::write(&file, text).unwrap();
+        Config::load(&Sources { file: Some(file), ..Sources::default() }).unwrap()
+    };
+    assert_eq!(load(documented), load(""));
+    let (defaults, documented) = (load("").to_json(), documented.to_owned());
+    for key in defaults.as_object().unwrap().values().filter_map(|part| part.as_object()).flat_map(|part| part.keys()) {
+        assert!(documented.contains(&format!("{key} = ")) || documented.contains(&format!(".{key}]")), "{key}");
+    }
 }

@@ -70,8 +70,8 @@ pub mod prelude {
 /// # fn main() {}
 /// ```
 ///
-/// A second function may look whether the plugin can work at all. The host calls it before a new version takes over, and
-/// keeps the old one when it fails. It takes nothing and gives back a `Result<(), E>` whose error can be shown:
+/// A second function may look whether the plugin can work at all, for hosts that ask before a new version takes over
+/// (tidegate 0.1 does not yet). It takes nothing and gives back a `Result<(), E>` whose error can be shown:
 ///
 /// ```
 /// # use tidegate_plugin::Event;
