@@ -67,7 +67,8 @@ impl Client {
         }
         // Somebody else in this process may have chosen already; either choice will do.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut builder = reqwest::Client::builder().connect_timeout(CONNECT).redirect(reqwest::redirect::Policy::none());
+        let mut builder =
+            reqwest::Client::builder().connect_timeout(CONNECT).redirect(reqwest::redirect::Policy::none());
         if base.scheme() == "http" {
             // Without certificates to load, a machine that has none can still ask over plain HTTP.
             builder = builder.tls_certs_only([]);

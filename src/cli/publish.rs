@@ -206,7 +206,19 @@ mod tests {
 
     #[test]
     fn arguments_become_the_events_members() {
-        let line = ["a.b", "--payload", "{ \"n\":1.50 }", "--key", "k", "--user-id", "7", "--metadata", "n=1", "--metadata", "t=x=y"];
+        let line = [
+            "a.b",
+            "--payload",
+            "{ \"n\":1.50 }",
+            "--key",
+            "k",
+            "--user-id",
+            "7",
+            "--metadata",
+            "n=1",
+            "--metadata",
+            "t=x=y",
+        ];
         let expected = r#"{"type":"a.b","key":"k","user_id":7,"metadata":{"n":1,"t":"x=y"},"payload":{ "n":1.50 }}"#;
         assert_eq!(sent(&line).unwrap(), expected);
         assert_eq!(sent(&["a", "--user-id", "u-1"]).unwrap(), r#"{"type":"a","user_id":"u-1"}"#);

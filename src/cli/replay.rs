@@ -56,8 +56,7 @@ struct Answer {
 
 /// Replays, and says how much.
 pub(super) async fn run(Args { stretch, client: args }: Args) -> Result<Exit> {
-    let answer =
-        Client::new(&args)?.send_json(Method::POST, &["replays"], &[], &stretch, Duration::ZERO).await?;
+    let answer = Client::new(&args)?.send_json(Method::POST, &["replays"], &[], &stretch, Duration::ZERO).await?;
     if args.json {
         return print_line(answer);
     }

@@ -51,7 +51,8 @@ pub(super) fn run(args: Args) -> Result<Exit> {
         return Ok(Exit::Done);
     }
     log_to_stderr(&config.log)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(serve(config))
 }
 

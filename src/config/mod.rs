@@ -18,8 +18,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::{broker, host, http, metrics};
 use crate::provider::{memory, sqlite};
+use crate::{broker, host, http, metrics};
 
 pub use tree::Setting;
 
@@ -256,8 +256,7 @@ enum Problem {
 }
 
 fn parse_yaml(text: &str) -> Result<Value, Problem> {
-    let tree: Value =
-        serde_saphyr::from_str(text).map_err(|error| Problem::Syntax(format!("is not YAML: {error}")))?;
+    let tree: Value = serde_saphyr::from_str(text).map_err(|error| Problem::Syntax(format!("is not YAML: {error}")))?;
     match tree {
         Value::Null => Ok(Value::Object(serde_json::Map::new())),
         Value::Object(root) if root.contains_key("event_broker") => original::translate(root).map_err(Problem::Content),

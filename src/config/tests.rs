@@ -76,7 +76,10 @@ fn a_provider_that_is_not_served_is_named() {
     assert!(with("kafka").contains("unknown provider: kafka"));
     for name in ["redis", "nats", "database"] {
         let error = with(name);
-        assert!(error.contains(&format!("provider {name} is not served")) && error.contains("sqlite://PATH"), "{error}");
+        assert!(
+            error.contains(&format!("provider {name} is not served")) && error.contains("sqlite://PATH"),
+            "{error}"
+        );
     }
     for (url, words) in [
         ("postgres://app:hunter2@db/x", "postgres is not served"),
@@ -100,6 +103,8 @@ fn the_environment_wins_over_the_file_and_flags_over_both() {
         ("TIDEGATE_INSTANCE_ID", "42"),
         ("TIDEGATE_URL", "http://elsewhere:1"),
         ("TIDEGATE_TOKEN", "not a setting"),
+        ("TIDEGATE_PORT_7700_TCP", "tcp://10.0.0.1:7700"),
+        ("TIDEGATE_SERVICE_HOST", "10.0.0.1"),
         ("PATH", "/bin"),
     ];
     let config = load(".toml", "provider = \"sqlite://x.db\"\n[broker]\nworker_count = 2\n", &environment).unwrap();
@@ -146,7 +151,8 @@ fn a_bad_setting_is_refused_with_its_key_and_a_suggestion() {
 
 #[test]
 fn what_is_shown_loads_again() {
-    let config = load(".toml", "provider = \"memory:\"\ninstance_id = \"a\"\n[limits]\nmetric_types = 3\n", &[]).unwrap();
+    let config =
+        load(".toml", "provider = \"memory:\"\ninstance_id = \"a\"\n[limits]\nmetric_types = 3\n", &[]).unwrap();
     let shown = config.to_toml().unwrap();
     assert_eq!(load(".toml", &shown, &[]).unwrap(), config, "{shown}");
 }
@@ -154,7 +160,10 @@ fn what_is_shown_loads_again() {
 #[test]
 fn an_empty_file_means_the_defaults() {
     let config = load(".toml", "", &[]).unwrap();
-    assert_eq!((config.listen.to_string().as_str(), config.provider.as_str()), ("127.0.0.1:7700", "sqlite://tidegate.db"));
+    assert_eq!(
+        (config.listen.to_string().as_str(), config.provider.as_str()),
+        ("127.0.0.1:7700", "sqlite://tidegate.db")
+    );
     assert_eq!(config.limits.max_payload.as_u64(), 1 << 20);
     assert_eq!(load(".yaml", "", &[]).unwrap(), config);
 }

@@ -5,7 +5,8 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Request, State};
+use axum::http::request::Parts;
 use axum::http::{Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
@@ -51,6 +52,20 @@ impl App {
     }
 }
 
+/// The id or name in a path, percent-decoded.
+pub(super) struct Named(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let Path(name) = Path::<String>::from_request_parts(parts, state)
+            .await
+            .map_err(|_| Problem::malformed(format!("path: is not UTF-8 (got {:?})", parts.uri.path())))?;
+        Ok(Self(name))
+    }
+}
+
 /// Everything that is served.
 pub(super) fn router(app: App) -> Router {
     Router::new()
@@ -75,7 +90,8 @@ pub(super) fn router(app: App) -> Router {
 }
 
 async fn unknown_path(request: Request) -> Problem {
-    let known = ["/v1/events", "/v1/subscriptions", "/v1/dead-letters", "/v1/replays", "/v1/plugins", "/v1/stats", "/metrics"];
+    let known =
+        ["/v1/events", "/v1/subscriptions", "/v1/dead-letters", "/v1/replays", "/v1/plugins", "/v1/stats", "/metrics"];
     let hint = super::problem::suggestion(request.uri().path(), known);
     Problem::new(StatusCode::NOT_FOUND, "not_found", format!("nothing is served at {}{hint}", request.uri().path()))
 }

@@ -97,7 +97,10 @@ fn fields() -> Vec<Case> {
         invalid("{\"type\":\"a\",\"payload\":1,\"payload_base64\":\"AA==\"}", "cannot be given beside payload"),
         invalid("{\"type\":\"a\",\"payload_base64\":\"?\"}", "payload_base64: is not base64"),
         invalid("{\"type\":\"a\",\"payload\":1,\"content_type\":\"text/plain\"}", "content_type: needs payload_base64"),
-        invalid("{\"type\":\"a\",\"payload_base64\":\"ew==\",\"content_type\":\"application/json\"}", "payload: is not JSON"),
+        invalid(
+            "{\"type\":\"a\",\"payload_base64\":\"ew==\",\"content_type\":\"application/json\"}",
+            "payload: is not JSON",
+        ),
     ]
 }
 
@@ -115,13 +118,21 @@ fn sizes_and_batches() -> Vec<Case> {
         invalid(batch("3"), "[2]: must be a JSON object"),
         invalid(batch("{\"type\":\"a\",\"sourc\":\"x\"}"), "[2].sourc: is not a field"),
         json(batch(&large), 413, "too_large", "[2].payload has 1048577 bytes"),
-        post("/v1/events?wait=1s", "application/json", "[{\"type\":\"a\"}]", 400, "malformed", "a batch cannot be waited for"),
+        post(
+            "/v1/events?wait=1s",
+            "application/json",
+            "[{\"type\":\"a\"}]",
+            400,
+            "malformed",
+            "a batch cannot be waited for",
+        ),
     ]
 }
 
 fn headers_and_addresses() -> Vec<Case> {
     let event = "{\"type\":\"a\"}";
-    let unsupported = |content_type, words| post("/v1/events", content_type, event, 415, "unsupported_media_type", words);
+    let unsupported =
+        |content_type, words| post("/v1/events", content_type, event, 415, "unsupported_media_type", words);
     let cloud = |body: &str, words| post("/v1/events", "application/cloudevents+json", body, 422, "invalid", words);
     vec![
         Case { headers: Vec::new(), ..unsupported("", "content-type is missing") },
@@ -146,6 +157,7 @@ fn headers_and_addresses() -> Vec<Case> {
         bare("GET", "/v1/events?cursor=x", 400, "malformed", "cursor: is no cursor"),
         bare("GET", "/v1/events?stauts=failed", 400, "malformed", "did you mean status?"),
         bare("GET", "/v1/events/no-such-event", 404, "not_found", "event not found: no-such-event"),
+        bare("GET", "/v1/events/%FF", 400, "malformed", "path: is not UTF-8"),
         bare("GET", "/v1/evnts", 404, "not_found", "did you mean /v1/events?"),
         bare("PUT", "/v1/events", 405, "method_not_allowed", "PUT is not served"),
         bare("DELETE", "/v1/events/no-such-event", 404, "not_found", "event not found"),
@@ -164,8 +176,15 @@ fn operators() -> Vec<Case> {
         send("/v1/subscriptions", "{\"name\":\"a b\",\"pattern\":\"*\"}", "subscription: must be 1–128 characters"),
         send("/v1/subscriptions", "{\"name\":\"a\",\"pattern\":\"a.[z-a]\"}", "pattern: a range in [ ]"),
         send("/v1/subscriptions", "{\"name\":\"a\",\"pattern\":\"*\",\"concurency\":1}", "did you mean concurrency?"),
-        send("/v1/subscriptions", "{\"name\":\"a\",\"pattern\":\"*\",\"handler\":\"plugin:x\"}", "handler: must be native"),
-        Case { method: "PATCH", ..post("/v1/subscriptions/none", "application/json", "{\"paused\":true}", 404, "not_found", "none") },
+        send(
+            "/v1/subscriptions",
+            "{\"name\":\"a\",\"pattern\":\"*\",\"handler\":\"plugin:x\"}",
+            "handler: must be native",
+        ),
+        Case {
+            method: "PATCH",
+            ..post("/v1/subscriptions/none", "application/json", "{\"paused\":true}", 404, "not_found", "none")
+        },
     ]
 }
 
@@ -202,7 +221,12 @@ fn deviation(case: &Case, reply: &Reply) -> Option<String> {
         && detail.contains(case.words)
         && (case.status != 422 || (problem["field"].is_string() && problem["value"].is_string()));
     let sent = String::from_utf8_lossy(case.body.get(..120.min(case.body.len())).unwrap()).into_owned();
-    (!right).then(|| format!("{} {} {sent}\n    wants {} {} {:?}\n    got {reply:?}", case.method, case.path, case.status, case.code, case.words))
+    (!right).then(|| {
+        format!(
+            "{} {} {sent}\n    wants {} {} {:?}\n    got {reply:?}",
+            case.method, case.path, case.status, case.code, case.words
+        )
+    })
 }
 
 /// What looks strange and is legal: kept byte for byte.
@@ -212,8 +236,16 @@ async fn a_strange_payload_is_kept_as_it_came() {
     let server = Server::start(folder.path(), &["--provider", "memory:"]).await;
     let nested = format!("{}{}", "[".repeat(100), "]".repeat(100));
     let largest = format!("\"{}\"", "x".repeat((1 << 20) - 2));
-    let payloads =
-        ["1e400", "{\"a\":1,\"a\":2}", "\"\\ud800\"", "\"\\u0000\"", "[ 1.50 ,\t-0 ]", "12345678901234567890123", &nested, &largest];
+    let payloads = [
+        "1e400",
+        "{\"a\":1,\"a\":2}",
+        "\"\\ud800\"",
+        "\"\\u0000\"",
+        "[ 1.50 ,\t-0 ]",
+        "12345678901234567890123",
+        &nested,
+        &largest,
+    ];
     for (index, payload) in payloads.iter().enumerate() {
         let sent = format!("{{\"id\":\"p-{index}\",\"type\":\"a\",\"payload\": {payload} }}");
         let reply = wire::post(&server.url, "/v1/events", sent).await;
@@ -247,12 +279,20 @@ fn bad_configurations_and_components_are_refused_by_name() {
         (&["config", "--config", &broken], 2, "is not TOML"),
         (&["config", "--config", "missing.toml"], 2, "missing.toml"),
         (&["config", "--config", &original], 2, "unknown provider: kafka"),
-        (&["serve", "--config", &redis], 2, "provider redis is not served; this version serves memory: and sqlite://PATH"),
+        (
+            &["serve", "--config", &redis],
+            2,
+            "provider redis is not served; this version serves memory: and sqlite://PATH",
+        ),
         (&["config", "--config", &grants], 2, "buckets"),
         (&["serve", "--provider", "postgres://db"], 2, "provider postgres is not served"),
         (&["serve", "--listen", "localhost"], 2, "listen"),
         (&["serve", "--listen", "0.0.0.0:0"], 2, "needs tokens"),
-        (&["serve", "--provider", "memory:", "--listen", "127.0.0.1:0", "--plugins", "no-such-folder"], 2, "no-such-folder"),
+        (
+            &["serve", "--provider", "memory:", "--listen", "127.0.0.1:0", "--plugins", "no-such-folder"],
+            2,
+            "no-such-folder",
+        ),
         (&["publish"], 2, "required"),
         (&["publish", "a", "--payload", "{"], 2, "--payload: is not JSON"),
         (&["plugin", "check", &text], 1, "text.wasm"),

@@ -32,7 +32,8 @@ pub(crate) async fn send(
     headers: &[(&str, &str)],
     body: impl Into<reqwest::Body>,
 ) -> Reply {
-    let mut request = client().request(Method::from_bytes(method.as_bytes()).unwrap(), format!("{url}{path}")).body(body);
+    let mut request =
+        client().request(Method::from_bytes(method.as_bytes()).unwrap(), format!("{url}{path}")).body(body);
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
