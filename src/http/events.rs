@@ -18,8 +18,12 @@ use super::query::Query;
 use super::{body, cloudevents, input};
 use crate::broker::EventFilter;
 use crate::delivery::{EventDetail, EventRecord, Status};
+use crate::error::Error;
 use crate::event::{Event, JSON, Source, UserId};
 use crate::pattern::Pattern;
+
+/// The most events of a batch: they are stored in one step, and everybody else waits for it.
+const MAX_BATCH: usize = 10_000;
 
 /// What a request to publish holds.
 enum Sent {
@@ -86,6 +90,10 @@ fn read(
         return Ok(Sent::One(Box::new(parse(whole, "", defaults)?)));
     }
     let entries: Vec<&RawValue> = body::json(whole.get().as_bytes())?;
+    if entries.len() > MAX_BATCH {
+        let reason = format!("a batch holds at most {MAX_BATCH} events");
+        return Err(Error::invalid("body", format!("{} events", entries.len()), reason).into());
+    }
     let events = entries
         .iter()
         .enumerate()

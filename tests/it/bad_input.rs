@@ -115,6 +115,7 @@ fn sizes_and_batches() -> Vec<Case> {
         json(large_metadata, 413, "too_large", "metadata has"),
         json(vec![b' '; (16 << 20) + 1], 413, "too_large", "body has 16777217 bytes"),
         invalid(batch("{\"type\":\"a b\"}"), "[2].type: segments may hold"),
+        invalid(format!("[{}0]", "0,".repeat(10_000)), "a batch holds at most 10000 events"),
         invalid(batch("3"), "[2]: must be a JSON object"),
         invalid(batch("{\"type\":\"a\",\"sourc\":\"x\"}"), "[2].sourc: is not a field"),
         json(batch(&large), 413, "too_large", "[2].payload has 1048577 bytes"),
