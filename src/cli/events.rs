@@ -107,9 +107,14 @@ async fn list(args: List) -> Result<Exit> {
     }
     let page: view::EventPage = serde_json::from_slice(&answer)?;
     if args.deliveries {
+        let mut details = Vec::with_capacity(page.events.len());
         for event in &page.events {
-            let detail = client.get(&["events", &event.id], &[]).await?;
-            show_with_deliveries(&detail, args.client.json)?;
+            details.push(client.get(&["events", &event.id], &[]).await?);
+        }
+        if args.client.json {
+            details.iter().try_for_each(|detail| print_line(detail).map(drop))?;
+        } else {
+            print(table_of_deliveries(&details)?)?;
         }
     } else {
         print(table(&page.events))?;
@@ -136,14 +141,23 @@ fn table(events: &[view::Event]) -> String {
     table.render("no events")
 }
 
-fn show_with_deliveries(detail: &[u8], json: bool) -> Result<Exit> {
-    if json {
-        return print_line(detail);
+/// One line per delivery, and one for an event that nothing matched.
+fn table_of_deliveries<T: AsRef<[u8]>>(details: &[T]) -> Result<String> {
+    let mut table = Table::new(&["SEQ", "TYPE", "STATUS", "HANDLER", "VERDICT", "ATTEMPTS", "REPLY OR ERROR"]);
+    for detail in details {
+        let event: view::Event = serde_json::from_slice(detail.as_ref())?;
+        let head = [event.seq(), event.r#type.clone(), event.status.clone()];
+        if event.deliveries.is_empty() {
+            let [seq, r#type, status] = head.clone();
+            table.row([seq, r#type, status, "-".into(), "-".into(), "0".into(), "no subscription matches".into()]);
+        }
+        for (n, delivery) in event.deliveries.iter().enumerate() {
+            let [seq, r#type, status] = if n == 0 { head.clone() } else { Default::default() };
+            let [handler, verdict, attempts, remark] = delivery.cells();
+            table.row([seq, r#type, status, handler, verdict, attempts, remark]);
+        }
     }
-    let event: view::Event = serde_json::from_slice(detail)?;
-    let (seq, id) = (event.seq(), short(&event.id, 40));
-    print(format!("{seq} {} {} {id}\n", event.r#type, event.status))?;
-    print(view::indented(&view::deliveries(&event.deliveries)))
+    Ok(table.render("no events"))
 }
 
 async fn get(args: Get) -> Result<Exit> {

@@ -63,6 +63,12 @@ pub(super) struct Delivery {
 }
 
 impl Delivery {
+    /// Who handles it, how its last attempt ended (or where it stands), how many there were, and what came of it.
+    pub(super) fn cells(&self) -> [String; 4] {
+        let verdict = self.verdict.clone().unwrap_or_else(|| self.status.clone());
+        [self.subscription.clone(), verdict, self.attempts.len().to_string(), self.remark()]
+    }
+
     /// Why it did not succeed, or else what the handler answered.
     fn remark(&self) -> String {
         let reply = self.attempts.last().and_then(|attempt| attempt.reply.as_ref());

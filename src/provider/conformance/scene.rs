@@ -37,6 +37,15 @@ impl Scene {
         self.fixture.reopens().is_ok()
     }
 
+    /// Whether the store keeps the order of keys; prints the reason for skipping where it says that it does not.
+    pub fn keeps_key_order(&self) -> bool {
+        let capabilities = self.provider.capabilities();
+        if !capabilities.key_ordering {
+            println!("skipped: {} does not keep the order of keys", capabilities.provider);
+        }
+        capabilities.key_ordering
+    }
+
     /// Lets time pass for the store.
     pub async fn advance(&self, by: Duration) {
         self.fixture.advance(by).await;
