@@ -1,23 +1,26 @@
 //! The broker over memory against a channel and a slab: what status, retries and matching cost when nothing is stored.
 //!
-//! `cargo bench -- memory`. Both sides run on a runtime of two threads, with one publisher and a payload of about
-//! 300 bytes. Nothing is durable on either side.
+//! `cargo bench -- memory`. Both sides run on a runtime of two threads, with one publisher, at most 1,000 events in flight
+//! and a payload of about 300 bytes. Nothing is durable on either side. By hand, an event has an id that its publisher
+//! gets, a type, a status and three times, and is kept until 10,000 others are done; there is no matching, no retry, no
+//! attempt record, no lease and no metric.
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
 use tidegate::broker::Options;
 use tidegate::provider::memory::{self, MemoryProvider};
 use tidegate::{Broker, Event, Metrics, Payload, Source, Subscription, native};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 
 use crate::support;
 
 const EVENTS: usize = 200_000;
+const IN_FLIGHT: usize = 1_000;
 
 pub(crate) fn run() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -39,7 +42,7 @@ pub(crate) fn run() {
 
 /// Publishes one by one and waits until every event is completed.
 async fn ours(subscriptions: usize) -> f64 {
-    let memory = memory::Options { max_events: EVENTS as u64 * 2, ..memory::Options::default() };
+    let memory = memory::Options { max_events: 10_000, ..memory::Options::default() };
     let provider = Arc::new(MemoryProvider::open(memory).unwrap());
     let worker_count = NonZeroUsize::new(10).unwrap();
     let options = Options { instance_id: "bench".into(), worker_count, ..Options::default() };
@@ -48,11 +51,13 @@ async fn ours(subscriptions: usize) -> f64 {
     let stopped = Arc::clone(&stop);
     let service = tokio::spawn(service.run(async move { stopped.notified().await }));
     let (handled, all) = (Arc::new(AtomicUsize::new(0)), Arc::new(Notify::new()));
+    let room = Arc::new(Semaphore::new(IN_FLIGHT));
     for n in 0..subscriptions {
         let pattern = if n == 0 { "shop.orders.*".to_owned() } else { format!("shop.table{n}.*") };
         let subscription = Subscription::new(&format!("s{n}"), pattern.parse().unwrap());
-        let (handled, all) = (Arc::clone(&handled), Arc::clone(&all));
+        let (handled, all, room) = (Arc::clone(&handled), Arc::clone(&all), Arc::clone(&room));
         let handler = native(move |_| {
+            room.add_permits(1);
             if handled.fetch_add(1, Ordering::Relaxed) + 1 == EVENTS {
                 all.notify_one();
             }
@@ -62,10 +67,13 @@ async fn ours(subscriptions: usize) -> f64 {
     }
     let event_type: tidegate::EventType = "shop.orders.create".parse().unwrap();
     let payload = Payload::json_text(support::payload()).unwrap();
-    broker.publish(Event::new(Source::Internal, event_type.clone(), payload.clone())).await.unwrap();
+    let publish = || broker.publish(Event::new(Source::Internal, event_type.clone(), payload.clone()));
+    room.acquire().await.unwrap().forget();
+    publish().await.unwrap();
     let began = Instant::now();
     for _ in 1..EVENTS {
-        broker.publish(Event::new(Source::Internal, event_type.clone(), payload.clone())).await.unwrap();
+        room.acquire().await.unwrap().forget();
+        publish().await.unwrap();
     }
     all.notified().await;
     while broker.stats().await.unwrap().total_processed < EVENTS as u64 {
@@ -81,12 +89,16 @@ async fn ours(subscriptions: usize) -> f64 {
 /// The least that could be called the same: a slab of jobs, a channel of keys, a boxed async handler.
 async fn by_hand() -> f64 {
     struct Job {
+        id: uuid::Uuid,
+        event_type: &'static str,
         payload: Bytes,
-        done: bool,
+        created: SystemTime,
+        started: Option<SystemTime>,
+        completed: Option<SystemTime>,
     }
     type Handler = Box<dyn Fn(Bytes) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
-    let slab = Arc::new(std::sync::Mutex::new(slab::Slab::new()));
-    let (send, mut receive) = mpsc::channel::<usize>(1_000);
+    let slab = Arc::new(std::sync::Mutex::new(slab::Slab::<Job>::new()));
+    let (send, mut receive) = mpsc::channel::<usize>(IN_FLIGHT);
     let jobs = Arc::clone(&slab);
     let handler: Handler = Box::new(|payload| {
         Box::pin(async move {
@@ -96,26 +108,35 @@ async fn by_hand() -> f64 {
     let worker = tokio::spawn(async move {
         let mut done = VecDeque::new();
         while let Some(key) = receive.recv().await {
-            let payload: Bytes = jobs.lock().unwrap().get(key).map(|job: &Job| job.payload.clone()).unwrap();
+            let payload = {
+                let mut jobs = jobs.lock().unwrap();
+                let job = &mut jobs[key];
+                job.started = Some(SystemTime::now());
+                job.payload.clone()
+            };
             handler(payload).await;
             let mut jobs = jobs.lock().unwrap();
-            jobs[key].done = true;
+            jobs[key].completed = Some(SystemTime::now());
             done.push_back(key);
             if done.len() > 10_000 {
-                let old = done.pop_front().unwrap();
-                jobs.remove(old);
+                let old = jobs.remove(done.pop_front().unwrap());
+                std::hint::black_box((old.id, old.event_type, old.created, old.started));
             }
         }
     });
     let payload = Bytes::from(support::payload());
     let began = Instant::now();
     for _ in 0..EVENTS {
-        let key = slab.lock().unwrap().insert(Job { payload: payload.clone(), done: false });
+        let id = uuid::Uuid::now_v7();
+        let (payload, created) = (payload.clone(), SystemTime::now());
+        let job = Job { id, event_type: "shop.orders.create", payload, created, started: None, completed: None };
+        let key = slab.lock().unwrap().insert(job);
         send.send(key).await.unwrap();
+        std::hint::black_box(id);
     }
     drop(send);
     worker.await.unwrap();
     let rate = support::per_second(EVENTS, began);
-    assert!(slab.lock().unwrap().iter().all(|(_, job)| job.done));
+    assert!(slab.lock().unwrap().iter().all(|(_, job)| job.completed.is_some()));
     rate
 }

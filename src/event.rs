@@ -5,6 +5,7 @@
 
 use std::borrow::Borrow;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -30,8 +31,54 @@ pub const MAX_TEXT: usize = 255;
 const MAX_SEGMENTS: usize = 16;
 
 /// A dotted event type such as `public.users.create`: 1–16 segments of `[A-Za-z0-9_-]+`, at most 255 bytes.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct EventType(Arc<str>);
+///
+/// Cheap to clone and to compare with its own clones.
+#[derive(Clone)]
+pub struct EventType(Arc<Named>);
+
+struct Named {
+    text: Box<str>,
+    /// Schema, entity and operation, where there are three segments: made once, shared by every event of the type.
+    parts: Option<[Arc<str>; 3]>,
+}
+
+impl Named {
+    fn new(text: &str) -> Self {
+        let mut segments = text.split('.');
+        let three = segments.next().zip(segments.next()).zip(segments.next());
+        let parts = three.filter(|_| segments.next().is_none());
+        Self {
+            text: text.into(),
+            parts: parts.map(|((schema, entity), operation)| [schema, entity, operation].map(Arc::from)),
+        }
+    }
+}
+
+impl PartialEq for EventType {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.0.text == other.0.text
+    }
+}
+
+impl Eq for EventType {}
+
+impl Hash for EventType {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.text.hash(state);
+    }
+}
+
+impl PartialOrd for EventType {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for EventType {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.0.text.cmp(&other.0.text)
+    }
+}
 
 impl EventType {
     /// Validates `text`.
@@ -59,21 +106,19 @@ impl EventType {
         if segments > MAX_SEGMENTS {
             return refuse("must have at most 16 segments");
         }
-        Ok(Self(text.into()))
+        Ok(Self(Arc::new(Named::new(text))))
     }
 
     /// The dotted text.
     #[must_use]
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.0.text
     }
 
-    /// `(schema, entity, operation)` of a type with exactly three segments.
+    /// Schema, entity and operation of a type with exactly three segments.
     #[must_use]
-    pub fn parts(&self) -> Option<(&str, &str, &str)> {
-        let mut segments = self.0.split('.');
-        let parts = (segments.next()?, segments.next()?, segments.next()?);
-        segments.next().is_none().then_some(parts)
+    pub fn parts(&self) -> Option<&[Arc<str>; 3]> {
+        self.0.parts.as_ref()
     }
 }
 
@@ -147,19 +192,19 @@ macro_rules! text_newtype {
     ($name:ident) => {
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&self.0)
+                f.write_str(self.as_str())
             }
         }
 
         impl fmt::Debug for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "{:?}", &*self.0)
+                write!(f, "{:?}", self.as_str())
             }
         }
 
         impl Borrow<str> for $name {
             fn borrow(&self) -> &str {
-                &self.0
+                self.as_str()
             }
         }
 
@@ -173,7 +218,7 @@ macro_rules! text_newtype {
 
         impl Serialize for $name {
             fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-                serializer.serialize_str(&self.0)
+                serializer.serialize_str(self.as_str())
             }
         }
 
@@ -419,10 +464,7 @@ impl Event {
     /// A new event of `source` with a fresh id, made now. `schema`, `entity` and `operation` follow from the type.
     #[must_use]
     pub fn new(source: Source, event_type: EventType, payload: Payload) -> Self {
-        let (schema, entity, operation) = match event_type.parts() {
-            Some((schema, entity, operation)) => (Some(schema.into()), Some(entity.into()), Some(operation.into())),
-            None => (None, None, None),
-        };
+        let [schema, entity, operation] = event_type.parts().cloned().map(|parts| parts.map(Some)).unwrap_or_default();
         Self {
             id: EventId::random(),
             seq: None,

@@ -3,12 +3,12 @@
 //! A clone shares its counts. Handles are looked up once per type, subscription or plugin and then kept by whoever
 //! counts, so that the hot path touches atomics only. Nothing here serves HTTP: [`Metrics::encode`] gives the text.
 
-use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use foldhash::HashMap;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;

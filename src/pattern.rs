@@ -4,11 +4,11 @@
 //! once and remembers the answer per type, so that a publish costs the same with one subscription or ten thousand.
 //! No subscription is known here: the set maps patterns to whatever value its owner gives.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::{Arc, RwLock};
 
+use foldhash::HashMap;
 use globset::{GlobBuilder, GlobMatcher, GlobSet, GlobSetBuilder};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 

@@ -3,10 +3,10 @@
 //! A claim is made when something hints at work: a publish of this process, a freed worker, a tick of the store, a due
 //! time, or at the latest the poll. Hints carry no promise; the truth is always read from the store.
 
-use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use foldhash::HashSet;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::service::raised;
 use super::{Published, Shared};
 use crate::error::{Error, Result};
-use crate::event::Event;
+use crate::event::{Event, EventType, Source};
 use crate::provider::{Append, Appended};
 
 /// The most events appended at once.
@@ -85,9 +85,9 @@ impl Shared {
     }
 
     /// Counts an event that a handler published.
-    pub(super) fn count_published(&self, event: &Event) {
+    pub(super) fn count_published(&self, source: Source, event_type: &EventType) {
         self.totals.published.fetch_add(1, Ordering::Relaxed);
-        self.metrics.of_type(event.source, &event.event_type).published.inc();
+        self.metrics.of_type(source, event_type).published.inc();
     }
 
     async fn append(&self, batch: Vec<Append>) -> Result<Vec<Appended>> {

@@ -3,11 +3,11 @@
 //! One task does all settling. While the store writes one batch the next one gathers, so that a busy broker writes few
 //! and large batches and an idle one does not wait.
 
-use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use foldhash::HashMap;
 use jiff::Timestamp;
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -19,8 +19,9 @@ use super::lanes::Binding;
 use super::service::raised;
 use crate::delivery::{Attempt, EventRecord, Fault, Next, Status, Verdict};
 use crate::error::Result;
-use crate::handler::{Effects, Outcome};
-use crate::provider::{Append, Lease, LeaseKey, Settled, Settlement};
+use crate::event::{EventType, Source};
+use crate::handler::{Effects, Outcome, Publish};
+use crate::provider::{Append, Durability, Lease, LeaseKey, Settled, Settlement};
 use crate::retry;
 use crate::subscription;
 
@@ -127,48 +128,45 @@ struct Settler {
 
 impl Settler {
     async fn settle(&mut self, batch: Vec<Ended>) {
-        let mut decided: Vec<Decided> = batch.into_iter().map(|ended| self.decide(ended)).collect();
         let shared = Arc::clone(&self.shared);
         let _gate = shared.router.hold().await;
-        for entry in &mut decided {
-            if let Err(error) = self.attach_effects(entry) {
-                self.refuse_effects(entry, &error.to_string());
-            }
-        }
-        let Some(results) = self.write(&decided).await else { return };
-        let mut conflicts = Vec::new();
-        for (entry, result) in decided.into_iter().zip(results) {
+        let (fates, settlements): (Vec<Fate>, Vec<Settlement>) =
+            batch.into_iter().map(|ended| self.decide(ended)).unzip();
+        let Some(results) = self.write(&fates, settlements).await else { return };
+        let mut refused = Vec::new();
+        for (mut fate, result) in fates.into_iter().zip(results) {
             match result {
-                Settled::Done { event_open } => self.done(&entry, event_open).await,
-                Settled::Stale => self.stale(&entry),
-                Settled::Conflict { reason } => conflicts.push((entry, reason)),
+                Settled::Done { event_open } => self.done(&fate, event_open).await,
+                Settled::Stale => self.stale(&fate),
+                Settled::Conflict { reason } => {
+                    if let Some(settlement) = fate.spare.take() {
+                        let settlement = self.refuse_effects(&mut fate, *settlement, &reason);
+                        refused.push((fate, settlement));
+                    }
+                }
             }
         }
-        self.settle_conflicts(conflicts).await;
+        self.settle_refused(refused).await;
     }
 
     /// What could not be applied counts as a fault of the host: the attempt is made again.
-    async fn settle_conflicts(&mut self, conflicts: Vec<(Decided, String)>) {
-        let mut again = Vec::new();
-        for (mut entry, reason) in conflicts {
-            self.refuse_effects(&mut entry, &reason);
-            again.push(entry);
-        }
-        if again.is_empty() {
+    async fn settle_refused(&mut self, refused: Vec<(Fate, Settlement)>) {
+        if refused.is_empty() {
             return;
         }
-        let Some(results) = self.write(&again).await else { return };
-        for (entry, result) in again.iter().zip(results) {
+        let (fates, settlements): (Vec<Fate>, Vec<Settlement>) = refused.into_iter().unzip();
+        let Some(results) = self.write(&fates, settlements).await else { return };
+        for (fate, result) in fates.iter().zip(results) {
             match result {
-                Settled::Done { event_open } => self.done(entry, event_open).await,
-                Settled::Stale | Settled::Conflict { .. } => self.stale(entry),
+                Settled::Done { event_open } => self.done(fate, event_open).await,
+                Settled::Stale | Settled::Conflict { .. } => self.stale(fate),
             }
         }
     }
 
-    fn decide(&mut self, ended: Ended) -> Decided {
-        let next = self.next(&ended.lease, &ended.binding, &ended.outcome);
+    fn decide(&mut self, ended: Ended) -> (Fate, Settlement) {
         let Ended { lease, binding, outcome, started_at, duration } = ended;
+        let next = self.next(&lease, &binding, outcome.verdict, outcome.retry_after);
         let exhausted = next == Next::Fail && outcome.verdict != Verdict::Reject && lease.attempt > 1;
         let error = outcome.fault.map(|mut fault| {
             if exhausted {
@@ -186,125 +184,147 @@ impl Settler {
             reply: outcome.reply,
             trace: outcome.trace,
         };
-        let settlement = Settlement {
-            key: lease.key.clone(),
-            next,
-            attempt: Some(attempt),
-            published: Vec::new(),
-            writes: Vec::new(),
+        let key = lease.key.clone();
+        let settlement = Settlement { key, next, attempt: Some(attempt), published: Vec::new(), writes: Vec::new() };
+        let mut fate =
+            Fate { verdict: outcome.verdict, next, lease, binding, duration, published: Vec::new(), spare: None };
+        let settlement = match next {
+            Next::Complete => self.with_effects(&mut fate, settlement, outcome.effects),
+            _ => settlement,
         };
-        Decided { settlement, effects: outcome.effects, lease, binding, duration }
+        self.warn_of_death(&fate, &settlement);
+        (fate, settlement)
     }
 
-    fn next(&mut self, lease: &Lease, binding: &Binding, outcome: &Outcome) -> Next {
+    fn next(&mut self, lease: &Lease, binding: &Binding, verdict: Verdict, after: Option<Duration>) -> Next {
         binding.policy.next(&retry::Ended {
-            verdict: outcome.verdict,
+            verdict,
             attempt: lease.attempt,
-            infra_faults: lease.infra_faults + u32::from(outcome.verdict.is_infra()),
+            infra_faults: lease.infra_faults + u32::from(verdict.is_infra()),
             age: lease.age,
-            after: outcome.retry_after,
+            after,
             roll: self.rng.random(),
         })
     }
 
-    /// Turns what a success wants published and written into what the store applies.
-    fn attach_effects(&self, entry: &mut Decided) -> Result<()> {
-        if entry.settlement.next != Next::Complete {
-            return Ok(());
+    /// Adds what a success wants published and written, in the form that the store applies.
+    fn with_effects(&mut self, fate: &mut Fate, mut settlement: Settlement, effects: Effects) -> Settlement {
+        let Effects { published, writes } = effects;
+        if published.is_empty() && writes.is_empty() {
+            return settlement;
         }
-        let Effects { published, writes } = std::mem::take(&mut entry.effects);
-        for (index, publish) in published.into_iter().enumerate() {
-            let cause = &entry.lease.event;
-            let event = publish.into_event(cause, &entry.binding.name, index, &self.shared.instance_id);
-            event.validate(self.shared.options.max_payload)?;
-            let subscriptions = self.shared.router.matching(&event.event_type)?;
-            entry.settlement.published.push(Append { event, subscriptions });
+        match self.appends(fate, published) {
+            Ok(appends) => (settlement.published, settlement.writes) = (appends, writes),
+            Err(error) => return self.refuse_effects(fate, settlement, &error.to_string()),
         }
-        entry.settlement.writes = writes;
-        Ok(())
+        let told =
+            |append: &Append| (append.event.source, append.event.event_type.clone(), Arc::clone(&append.subscriptions));
+        fate.published = settlement.published.iter().map(told).collect();
+        fate.spare = Some(Box::new(settlement.clone()));
+        settlement
     }
 
-    fn refuse_effects(&mut self, entry: &mut Decided, reason: &str) {
-        let fault =
-            Fault::new("effects-refused", format!("what the handler wrote or published cannot be applied: {reason}"));
-        let outcome = Outcome::failed(Verdict::HostFault, fault.clone());
-        entry.settlement.next = self.next(&entry.lease, &entry.binding, &outcome);
-        entry.settlement.published.clear();
-        entry.settlement.writes.clear();
-        if let Some(attempt) = &mut entry.settlement.attempt {
-            (attempt.verdict, attempt.error, attempt.reply) = (Verdict::HostFault, Some(fault), None);
+    fn appends(&self, fate: &Fate, published: Vec<Publish>) -> Result<Vec<Append>> {
+        let convert = |(index, publish): (usize, Publish)| {
+            let cause = &fate.lease.event;
+            let event = publish.into_event(cause, &fate.binding.name, index, &self.shared.instance_id);
+            event.validate(self.shared.options.max_payload)?;
+            let subscriptions = self.shared.router.matching(&event.event_type)?;
+            Ok(Append { event, subscriptions })
+        };
+        published.into_iter().enumerate().map(convert).collect()
+    }
+
+    fn refuse_effects(&mut self, fate: &mut Fate, mut settlement: Settlement, reason: &str) -> Settlement {
+        let message = format!("what the handler wrote or published cannot be applied: {reason}");
+        (fate.verdict, fate.spare) = (Verdict::HostFault, None);
+        fate.published.clear();
+        fate.next = self.next(&fate.lease, &fate.binding, Verdict::HostFault, None);
+        settlement.next = fate.next;
+        settlement.published.clear();
+        settlement.writes.clear();
+        if let Some(attempt) = &mut settlement.attempt {
+            attempt.error = Some(Fault::new("effects-refused", message));
+            (attempt.verdict, attempt.reply) = (Verdict::HostFault, None);
         }
+        settlement
+    }
+
+    fn warn_of_death(&self, fate: &Fate, settlement: &Settlement) {
+        if fate.next != Next::Fail {
+            return;
+        }
+        let fault = settlement.attempt.as_ref().and_then(|attempt| attempt.error.as_ref());
+        let error = fault.map(ToString::to_string).unwrap_or_default();
+        let (event, subscription) = (&fate.lease.event.id, &fate.binding.name);
+        tracing::warn!(%event, %subscription, verdict = %fate.verdict, error, "a delivery becomes a dead letter");
     }
 
     /// Writes the batch, patiently. `None` when the store kept failing: the leases expire, and others take over.
-    async fn write(&self, decided: &[Decided]) -> Option<Vec<Settled>> {
-        let mut pause = FIRST_PAUSE;
-        for _ in 0..TRIES {
-            let batch = decided.iter().map(|entry| entry.settlement.clone()).collect();
+    async fn write(&self, fates: &[Fate], settlements: Vec<Settlement>) -> Option<Vec<Settled>> {
+        // Memory does not fail for a while: there is nothing to try again, and nothing to keep for it.
+        let tries = if self.shared.capabilities.durability == Durability::Process { 1 } else { TRIES };
+        let (mut batch, mut pause) = (settlements, FIRST_PAUSE);
+        for left in (0..tries).rev() {
+            let this = if left == 0 { std::mem::take(&mut batch) } else { batch.clone() };
             let started = Instant::now();
-            match self.shared.provider.settle(batch).await {
+            match self.shared.provider.settle(this).await {
                 Ok(results) => {
-                    self.shared.operations.settle.observe(started.elapsed(), decided.len());
-                    self.shared.leases.forget(decided.iter().map(|entry| entry.lease.key.token));
+                    self.shared.operations.settle.observe(started.elapsed(), fates.len());
+                    self.shared.leases.forget(fates.iter().map(|fate| fate.lease.key.token));
                     return Some(results);
                 }
                 Err(error) => {
-                    tracing::warn!(error = %error, cause = ?error, count = decided.len(), "cannot settle attempts; trying again");
-                    tokio::time::sleep(pause).await;
+                    tracing::warn!(error = %error, cause = ?error, count = fates.len(), tries_left = left, "cannot settle attempts");
+                    tokio::time::sleep(if left == 0 { Duration::ZERO } else { pause }).await;
                     pause *= 2;
                 }
             }
         }
-        tracing::error!(count = decided.len(), "gave up settling attempts; their leases will expire");
-        self.shared.leases.forget(decided.iter().map(|entry| entry.lease.key.token));
+        tracing::error!(count = fates.len(), "gave up settling attempts; their leases will expire");
+        self.shared.leases.forget(fates.iter().map(|fate| fate.lease.key.token));
         None
     }
 
-    async fn done(&self, entry: &Decided, event_open: bool) {
-        self.count(entry);
-        match entry.settlement.next {
+    async fn done(&self, fate: &Fate, event_open: bool) {
+        self.count(fate);
+        match fate.next {
             Next::Retry { after } => self.shared.hints.due(after),
-            _ if entry.binding.ordering == subscription::Ordering::Key => {
-                self.shared.hints.about([&entry.binding.name])
-            }
+            _ if fate.binding.ordering == subscription::Ordering::Key => self.shared.hints.about([&fate.binding.name]),
             _ => {}
         }
-        for published in &entry.settlement.published {
-            self.shared.count_published(&published.event);
-            self.shared.hints.about(published.subscriptions.iter());
+        for (source, event_type, subscriptions) in &fate.published {
+            self.shared.count_published(*source, event_type);
+            self.shared.hints.about(subscriptions.iter());
         }
         if !event_open {
-            self.finished(entry).await;
+            self.finished(fate).await;
         }
     }
 
-    fn count(&self, entry: &Decided) {
-        let (binding, totals) = (&entry.binding, &self.shared.totals);
-        let Some(attempt) = &entry.settlement.attempt else { return };
-        binding.metrics.attempt(attempt.verdict);
+    fn count(&self, fate: &Fate) {
+        let (metrics, totals, event) = (&fate.binding.metrics, &self.shared.totals, &fate.lease.event);
+        metrics.attempt(fate.verdict);
         totals.processed.fetch_add(1, Ordering::Relaxed);
-        let event = &entry.lease.event;
-        self.shared.metrics.of_type(event.source, &event.event_type).duration.observe(entry.duration.as_secs_f64());
-        match entry.settlement.next {
+        self.shared.metrics.of_type(event.source, &event.event_type).duration.observe(fate.duration.as_secs_f64());
+        match fate.next {
             Next::Retry { .. } => {
-                binding.metrics.retries.inc();
+                metrics.retries.inc();
             }
             Next::Fail => {
                 totals.failed.fetch_add(1, Ordering::Relaxed);
-                binding.metrics.dead_letters.inc();
-                let error = attempt.error.as_ref().map(ToString::to_string).unwrap_or_default();
-                tracing::warn!(event = %event.id, subscription = %binding.name, verdict = %attempt.verdict, error, "a delivery became a dead letter");
+                metrics.dead_letters.inc();
             }
             Next::Complete | Next::Release => {}
         }
     }
 
     /// The event has no open delivery any more.
-    async fn finished(&self, entry: &Decided) {
-        let event = &entry.lease.event;
+    async fn finished(&self, fate: &Fate) {
+        let event = &fate.lease.event;
         let metrics = self.shared.metrics.of_type(event.source, &event.event_type);
         // Only the store knows whether another delivery of the event failed; ask only where there can be another.
-        let status = match entry.settlement.next {
+        let status = match fate.next {
             Next::Fail => Status::Failed,
             _ if self.shared.router.matching(&event.event_type).is_ok_and(|names| names.len() <= 1) => {
                 Status::Completed
@@ -315,21 +335,28 @@ impl Settler {
         self.shared.waiters.tell(&event.id);
     }
 
-    fn stale(&self, entry: &Decided) {
+    fn stale(&self, fate: &Fate) {
         self.shared.totals.stale.fetch_add(1, Ordering::Relaxed);
         self.shared.metrics.stale_settlements().inc();
-        let event = &entry.lease.event;
-        tracing::info!(event = %event.id, subscription = %entry.binding.name, "a settlement came after its lease had gone");
+        let event = &fate.lease.event.id;
+        tracing::info!(%event, subscription = %fate.binding.name, "a settlement came after its lease had gone");
     }
 }
 
-/// An attempt whose consequence is decided.
-struct Decided {
-    settlement: Settlement,
-    effects: Effects,
+/// Source, type and subscriptions of an event that a handler publishes.
+type Told = (Source, EventType, Arc<[Arc<str>]>);
+
+/// What is decided about an attempt, and known of it while the store applies that.
+struct Fate {
+    verdict: Verdict,
+    next: Next,
     lease: Lease,
     binding: Arc<Binding>,
     duration: Duration,
+    /// What the success publishes.
+    published: Vec<Told>,
+    /// The settlement once more, where the store may answer that its effects cannot be applied.
+    spare: Option<Box<Settlement>>,
 }
 
 impl Shared {

@@ -25,7 +25,12 @@ use crate::provider::Provider;
 use crate::provider::memory::MemoryProvider;
 use crate::provider::sqlite::SqliteProvider;
 
+const SETTINGS: &str = "Every setting of the configuration can be given in the environment too: TIDEGATE_PROVIDER, \
+TIDEGATE_BROKER__WORKER_COUNT for worker_count below [broker], and so on. The environment wins over the file, and flags \
+win over both. `tidegate config` shows what is in force.";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = SETTINGS)]
 pub(super) struct Args {
     #[command(flatten)]
     flags: Flags,

@@ -103,6 +103,8 @@ fn the_environment_wins_over_the_file_and_flags_over_both() {
         ("TIDEGATE_INSTANCE_ID", "42"),
         ("TIDEGATE_URL", "http://elsewhere:1"),
         ("TIDEGATE_TOKEN", "not a setting"),
+        ("TIDEGATE_PORT_7700_TCP", "tcp://10.0.0.1:7700"),
+        ("TIDEGATE_SERVICE_HOST", "10.0.0.1"),
         ("PATH", "/bin"),
     ];
     let config = load(".toml", "provider = \"sqlite://x.db\"\n[broker]\nworker_count = 2\n", &environment).unwrap();

@@ -11,6 +11,9 @@ const PREFIX: &str = "TIDEGATE_";
 /// Variables of the command line's client, and of the choice of the file; no settings.
 const NO_SETTINGS: [&str; 3] = ["TIDEGATE_URL", "TIDEGATE_TOKEN", "TIDEGATE_CONFIG"];
 
+/// What Kubernetes puts into the environment of every container beside a service named `tidegate`; no settings either.
+const NOT_OURS: [&str; 2] = ["TIDEGATE_SERVICE_", "TIDEGATE_PORT"];
+
 /// One value for one key.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Setting {
@@ -45,7 +48,8 @@ impl Setting {
 pub(super) fn from_environment(environment: &[(String, String)]) -> Result<Vec<Setting>> {
     let mut settings = Vec::new();
     for (name, value) in environment {
-        let Some(key) = name.strip_prefix(PREFIX).filter(|_| !NO_SETTINGS.contains(&name.as_str())) else { continue };
+        let is_setting = !NO_SETTINGS.contains(&name.as_str()) && !NOT_OURS.iter().any(|start| name.starts_with(start));
+        let Some(key) = name.strip_prefix(PREFIX).filter(|_| is_setting) else { continue };
         let path = key.to_ascii_lowercase().replace("__", ".");
         if path.split('.').any(str::is_empty) {
             return Err(Error::invalid(name.clone(), value, "names no setting: write TIDEGATE_<TABLE>__<KEY>"));

@@ -5,7 +5,8 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Request, State};
+use axum::http::request::Parts;
 use axum::http::{Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
@@ -48,6 +49,20 @@ impl App {
     /// 503 until it is there.
     pub(super) fn broker(&self) -> Result<Broker, Problem> {
         self.services().map(|services| services.broker.clone())
+    }
+}
+
+/// The id or name in a path, percent-decoded.
+pub(super) struct Named(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let Path(name) = Path::<String>::from_request_parts(parts, state)
+            .await
+            .map_err(|_| Problem::malformed(format!("path: is not UTF-8 (got {:?})", parts.uri.path())))?;
+        Ok(Self(name))
     }
 }
 

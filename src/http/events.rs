@@ -4,26 +4,30 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Path, RawQuery, State};
+use axum::extract::{RawQuery, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use super::app::App;
+use super::app::{App, Named};
 use super::input::Defaults;
 use super::problem::Problem;
 use super::query::Query;
 use super::{body, cloudevents, input};
 use crate::broker::EventFilter;
 use crate::delivery::{EventDetail, EventRecord, Status};
+use crate::error::Error;
 use crate::event::{Event, JSON, Source, UserId};
 use crate::pattern::Pattern;
 
+/// The most events of a batch: they are stored in one step, and everybody else waits for it.
+const MAX_BATCH: usize = 10_000;
+
 /// What a request to publish holds.
 enum Sent {
-    One(Event),
+    One(Box<Event>),
     Batch(Vec<Event>),
 }
 
@@ -44,8 +48,8 @@ pub(super) async fn publish(
     };
     let accepted = StatusCode::ACCEPTED;
     match (sent(&headers, bytes, &defaults)?, wait) {
-        (Sent::One(event), None) => Ok((accepted, Json(broker.publish(event).await?)).into_response()),
-        (Sent::One(event), Some(wait)) => Ok(Json(broker.publish_sync(event, wait).await?.detail).into_response()),
+        (Sent::One(event), None) => Ok((accepted, Json(broker.publish(*event).await?)).into_response()),
+        (Sent::One(event), Some(wait)) => Ok(Json(broker.publish_sync(*event, wait).await?.detail).into_response()),
         (Sent::Batch(events), None) => Ok((accepted, Json(broker.publish_batch(events).await?)).into_response()),
         (Sent::Batch(_), Some(_)) => Err(Problem::malformed("wait: a batch cannot be waited for, publish one event")),
     }
@@ -62,7 +66,7 @@ fn wait(query: &Query, longest: Duration) -> Result<Option<Duration>, Problem> {
 /// Which of the forms this is, and what it holds.
 fn sent(headers: &HeaderMap, bytes: Bytes, defaults: &Defaults) -> Result<Sent, Problem> {
     if cloudevents::is_binary(headers) {
-        return Ok(Sent::One(cloudevents::binary(headers, bytes, defaults)?));
+        return Ok(Sent::One(Box::new(cloudevents::binary(headers, bytes, defaults)?)));
     }
     match body::media_type(headers)?.as_deref() {
         Some(JSON) => read(&bytes, input::event, defaults),
@@ -83,9 +87,13 @@ fn read(
 ) -> Result<Sent, Problem> {
     let whole: &RawValue = body::json(bytes)?;
     if !whole.get().starts_with('[') {
-        return Ok(Sent::One(parse(whole, "", defaults)?));
+        return Ok(Sent::One(Box::new(parse(whole, "", defaults)?)));
     }
     let entries: Vec<&RawValue> = body::json(whole.get().as_bytes())?;
+    if entries.len() > MAX_BATCH {
+        let reason = format!("a batch holds at most {MAX_BATCH} events");
+        return Err(Error::invalid("body", format!("{} events", entries.len()), reason).into());
+    }
     let events = entries
         .iter()
         .enumerate()
@@ -147,12 +155,12 @@ fn user_id(text: &str) -> UserId {
 }
 
 /// `GET /v1/events/{id}`.
-pub(super) async fn get(State(app): State<App>, Path(id): Path<String>) -> Result<Json<EventDetail>, Problem> {
+pub(super) async fn get(State(app): State<App>, Named(id): Named) -> Result<Json<EventDetail>, Problem> {
     Ok(Json(app.broker()?.event(&id).await?))
 }
 
 /// `DELETE /v1/events/{id}`.
-pub(super) async fn erase(State(app): State<App>, Path(id): Path<String>) -> Result<StatusCode, Problem> {
+pub(super) async fn erase(State(app): State<App>, Named(id): Named) -> Result<StatusCode, Problem> {
     app.broker()?.erase(&id).await?;
     Ok(StatusCode::NO_CONTENT)
 }

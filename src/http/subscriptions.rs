@@ -2,13 +2,13 @@
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Path, RawQuery, State};
+use axum::extract::{RawQuery, State};
 use axum::http::{HeaderMap, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use super::app::App;
+use super::app::{App, Named};
 use super::body::{self, Members};
 use super::problem::{Problem, suggestion};
 use super::query::Query;
@@ -50,7 +50,7 @@ fn find(all: Vec<SubscriptionStatus>, name: &str) -> Result<SubscriptionStatus> 
 /// `PATCH /v1/subscriptions/{name}`.
 pub(super) async fn patch(
     State(app): State<App>,
-    Path(name): Path<String>,
+    Named(name): Named,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<SubscriptionStatus>, Problem> {
@@ -59,7 +59,7 @@ pub(super) async fn patch(
 }
 
 /// `DELETE /v1/subscriptions/{name}`.
-pub(super) async fn remove(State(app): State<App>, Path(name): Path<String>) -> Result<StatusCode, Problem> {
+pub(super) async fn remove(State(app): State<App>, Named(name): Named) -> Result<StatusCode, Problem> {
     app.broker()?.unsubscribe(&name).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -5,6 +5,7 @@
 mod bad_input;
 mod broker;
 mod crash;
+mod edges;
 mod host;
 mod house;
 mod support;

@@ -2,8 +2,10 @@
 //!
 //! Knows nothing of what waits, is due or is leased; those are [`line`](super::line)'s.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+
+use foldhash::HashMap;
 
 use super::queue::Queue;
 use super::work::{Tally, Work};

@@ -2,9 +2,11 @@
 //!
 //! Synchronous, and handed the time: the lock and the clock are [`MemoryProvider`](super::MemoryProvider)'s.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
+
+use foldhash::HashMap;
 
 use super::Options;
 use super::documents::Shelf;

@@ -113,16 +113,6 @@ impl Server {
         self.try_send(self.client.get(format!("{}{path}", self.url))).await.unwrap()
     }
 
-    /// POSTs JSON.
-    pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
-        self.try_post(path, body).await.unwrap()
-    }
-
-    /// POSTs JSON to a server that may die meanwhile.
-    pub(crate) async fn try_post(&self, path: &str, body: &Value) -> reqwest::Result<Answer> {
-        self.try_send(self.client.post(format!("{}{path}", self.url)).json(body)).await
-    }
-
     async fn try_send(&self, request: reqwest::RequestBuilder) -> reqwest::Result<Answer> {
         let answer = request.send().await?;
         let status = answer.status().as_u16();
