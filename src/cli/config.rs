@@ -11,19 +11,19 @@ use crate::config::{Config, LogFormat, Setting, Sources};
 /// Where the configuration comes from.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Flags {
-    /// The configuration: TOML, or YAML (also the original broker's)
+    /// The configuration file: TOML, or YAML (also the original broker's)
     #[arg(short, long, env = "TIDEGATE_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where HTTP is served
+    /// Where HTTP is served [default: 127.0.0.1:7700]
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<String>,
-    /// The store: memory: or sqlite://PATH
+    /// The store: memory: or sqlite://PATH [default: sqlite://tidegate.db]
     #[arg(long, value_name = "URL")]
     provider: Option<String>,
-    /// The folder whose *.wasm files are the plugins
+    /// The folder whose *.wasm files are the plugins, followed while the server runs [default: no plugins]
     #[arg(long, value_name = "DIR")]
     plugins: Option<String>,
-    /// How the log looks
+    /// How the log looks, on standard error [default: text]
     #[arg(long, value_name = "FORMAT")]
     log: Option<LogFormat>,
 }

@@ -34,19 +34,19 @@ struct Filter {
     #[arg(long = "type", value_name = "PATTERN")]
     #[serde(skip_serializing_if = "Option::is_none")]
     r#type: Option<String>,
-    /// Only whose last attempt ended so, such as reject or timeout
+    /// Only those whose last attempt ended with this verdict, such as reject or timeout
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     verdict: Option<String>,
-    /// Only whose last attempt ran this plugin version
+    /// Only those whose last attempt ran this plugin version: sha256:<hex>
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     digest: Option<String>,
-    /// Only that died at this instant or later
+    /// Only those that failed for good at this instant or later, such as 2026-01-31T12:00:00Z
     #[arg(long, value_name = "INSTANT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     since: Option<String>,
-    /// The most letters
+    /// The most dead letters, the newest first
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     limit: Option<u64>,

@@ -48,7 +48,7 @@ enum Command {
     /// List subscriptions, pause and resume them
     #[command(subcommand)]
     Subscriptions(subscriptions::Command),
-    /// List dead letters, or give them new attempts
+    /// List dead letters (deliveries that failed for good), or give them new attempts
     #[command(subcommand)]
     Dead(dead::Command),
     /// Deliver a stretch of the log to a subscription again

@@ -19,7 +19,7 @@ pub(super) enum Command {
     Build(BuildArgs),
     /// Show what a component says about itself, without running it
     Inspect(InspectArgs),
-    /// Do everything that a server does with a component, short of serving it
+    /// Verify a component, compare it with its grants, compile and link it: all but serve it
     Check(Check),
     /// List the plugins that a server runs
     List {

@@ -29,7 +29,7 @@ pub(super) struct Args {
     /// The payload's content type; anything but application/json travels as base64
     #[arg(long, value_name = "TYPE", requires = "payload")]
     content_type: Option<String>,
-    /// Wait until the event is handled, at most this long, and show what came of it
+    /// Wait until the event is handled, at most this long (5s unless given), and show what came of it
     #[arg(long, value_name = "DURATION", num_args = 0..=1, require_equals = true, default_missing_value = "5s",
           value_parser = duration)]
     wait: Option<Duration>,

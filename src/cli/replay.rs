@@ -23,7 +23,7 @@ pub(super) struct Args {
 struct Stretch {
     /// The subscription that gets the events
     subscription: String,
-    /// Only types that this pattern matches [default: *]
+    /// Only types that this pattern matches, whatever the subscription's own pattern says [default: *]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pattern: Option<String>,
@@ -35,7 +35,7 @@ struct Stretch {
     #[arg(long, value_name = "SEQ")]
     #[serde(skip_serializing_if = "Option::is_none")]
     to_seq: Option<u64>,
-    /// Only created at this instant or later
+    /// Only created at this instant or later, such as 2026-01-31T12:00:00Z
     #[arg(long, value_name = "INSTANT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     from: Option<String>,
