@@ -1,7 +1,8 @@
 //! The broker over memory against a channel and a slab: what status, retries and matching cost when nothing is stored.
 //!
-//! `cargo bench -- memory`. Both sides run on a runtime of two threads, with one publisher, at most 1,000 events in flight
-//! and a payload of about 300 bytes. Nothing is durable on either side. By hand, an event has an id that its publisher
+//! `cargo bench -- memory`. One publisher, a payload of about 300 bytes, nothing durable on either side. One by one means
+//! that each event is published once the one before is completed, on a single thread; in flight, that a publisher and
+//! workers on two threads keep up to 1,000 events between them. By hand, an event has an id that its publisher
 //! gets, a type, a status and three times, and is kept until 10,000 others are done; there is no matching, no retry, no
 //! attempt record, no lease and no metric.
 
@@ -9,24 +10,32 @@ use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use tidegate::broker::Options;
 use tidegate::provider::memory::{self, MemoryProvider};
 use tidegate::{Broker, Event, Metrics, Payload, Source, Subscription, native};
-use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
 use crate::support;
 
 const EVENTS: usize = 200_000;
 const IN_FLIGHT: usize = 1_000;
+const SINGLES: usize = 50_000;
 
 pub(crate) fn run() {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let single = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     support::compare(
         "memory, native handler, publish → completed, one by one",
         "≥ 0.35",
+        || single.block_on(one_by_one()),
+        || single.block_on(one_by_one_by_hand()),
+    );
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    support::compare(
+        "memory, native handler, 1,000 events in flight",
+        "none",
         || runtime.block_on(ours(1)),
         || runtime.block_on(by_hand()),
     );
@@ -40,7 +49,57 @@ pub(crate) fn run() {
     }
 }
 
-/// Publishes one by one and waits until every event is completed.
+/// Each event is published once the one before is completed.
+async fn one_by_one() -> f64 {
+    let provider = Arc::new(MemoryProvider::open(memory::Options::default()).unwrap());
+    let options = Options { instance_id: "bench".into(), ..Options::default() };
+    let (broker, service) = Broker::open(provider, options, Metrics::default()).await.unwrap();
+    let stop = Arc::new(Notify::new());
+    let stopped = Arc::clone(&stop);
+    let service = tokio::spawn(service.run(async move { stopped.notified().await }));
+    let subscription = Subscription::new("s", "shop.orders.*".parse().unwrap());
+    broker.subscribe(subscription, native(|_| async { Ok(()) })).await.unwrap();
+    let event_type: tidegate::EventType = "shop.orders.create".parse().unwrap();
+    let payload = Payload::json_text(support::payload()).unwrap();
+    let began = Instant::now();
+    for _ in 0..SINGLES {
+        let event = Event::new(Source::Internal, event_type.clone(), payload.clone());
+        let answer = broker.publish_sync(event, Duration::from_secs(10)).await.unwrap();
+        assert!(answer.finished);
+    }
+    let rate = support::per_second(SINGLES, began);
+    stop.notify_one();
+    service.await.unwrap().unwrap();
+    rate
+}
+
+/// A slab of jobs, a channel of keys with somebody who waits for each, a boxed async handler.
+async fn one_by_one_by_hand() -> f64 {
+    let slab = Arc::new(std::sync::Mutex::new(slab::Slab::<Job>::new()));
+    let (send, mut receive) = mpsc::channel::<(usize, oneshot::Sender<()>)>(IN_FLIGHT);
+    let jobs = Arc::clone(&slab);
+    let handler = by_hand_handler();
+    let worker = tokio::spawn(async move {
+        let mut done = VecDeque::new();
+        while let Some((key, waiting)) = receive.recv().await {
+            handle_by_hand(&jobs, key, &handler, &mut done).await;
+            waiting.send(()).unwrap();
+        }
+    });
+    let payload = Bytes::from(support::payload());
+    let began = Instant::now();
+    for _ in 0..SINGLES {
+        let key = slab.lock().unwrap().insert(Job::new(&payload));
+        let (done, waiting) = oneshot::channel();
+        send.send((key, done)).await.unwrap();
+        waiting.await.unwrap();
+    }
+    drop(send);
+    worker.await.unwrap();
+    support::per_second(SINGLES, began)
+}
+
+/// Publishes with up to 1,000 events in flight, and waits until every event is completed.
 async fn ours(subscriptions: usize) -> f64 {
     let memory = memory::Options { max_events: 10_000, ..memory::Options::default() };
     let provider = Arc::new(MemoryProvider::open(memory).unwrap());
@@ -86,53 +145,69 @@ async fn ours(subscriptions: usize) -> f64 {
     rate
 }
 
-/// The least that could be called the same: a slab of jobs, a channel of keys, a boxed async handler.
-async fn by_hand() -> f64 {
-    struct Job {
-        id: uuid::Uuid,
-        event_type: &'static str,
-        payload: Bytes,
-        created: SystemTime,
-        started: Option<SystemTime>,
-        completed: Option<SystemTime>,
+struct Job {
+    id: uuid::Uuid,
+    event_type: &'static str,
+    payload: Bytes,
+    created: SystemTime,
+    started: Option<SystemTime>,
+    completed: Option<SystemTime>,
+}
+
+impl Job {
+    fn new(payload: &Bytes) -> Self {
+        let (id, created) = (uuid::Uuid::now_v7(), SystemTime::now());
+        let payload = payload.clone();
+        Self { id, event_type: "shop.orders.create", payload, created, started: None, completed: None }
     }
-    type Handler = Box<dyn Fn(Bytes) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
-    let slab = Arc::new(std::sync::Mutex::new(slab::Slab::<Job>::new()));
-    let (send, mut receive) = mpsc::channel::<usize>(IN_FLIGHT);
-    let jobs = Arc::clone(&slab);
-    let handler: Handler = Box::new(|payload| {
+}
+
+type Jobs = std::sync::Mutex<slab::Slab<Job>>;
+type Handler = Box<dyn Fn(Bytes) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
+
+fn by_hand_handler() -> Handler {
+    Box::new(|payload| {
         Box::pin(async move {
             std::hint::black_box(payload);
         })
-    });
+    })
+}
+
+/// Calls the handler, keeps the times, and forgets the oldest job once 10,000 others are done.
+async fn handle_by_hand(jobs: &Jobs, key: usize, handler: &Handler, done: &mut VecDeque<usize>) {
+    let payload = {
+        let mut jobs = jobs.lock().unwrap();
+        let job = &mut jobs[key];
+        job.started = Some(SystemTime::now());
+        job.payload.clone()
+    };
+    handler(payload).await;
+    let mut jobs = jobs.lock().unwrap();
+    jobs[key].completed = Some(SystemTime::now());
+    done.push_back(key);
+    if done.len() > 10_000 {
+        let old = jobs.remove(done.pop_front().unwrap());
+        std::hint::black_box((old.id, old.event_type, old.created, old.started));
+    }
+}
+
+/// The least that could be called the same: a slab of jobs, a channel of keys, a boxed async handler.
+async fn by_hand() -> f64 {
+    let slab = Arc::new(std::sync::Mutex::new(slab::Slab::<Job>::new()));
+    let (send, mut receive) = mpsc::channel::<usize>(IN_FLIGHT);
+    let jobs = Arc::clone(&slab);
+    let handler = by_hand_handler();
     let worker = tokio::spawn(async move {
         let mut done = VecDeque::new();
         while let Some(key) = receive.recv().await {
-            let payload = {
-                let mut jobs = jobs.lock().unwrap();
-                let job = &mut jobs[key];
-                job.started = Some(SystemTime::now());
-                job.payload.clone()
-            };
-            handler(payload).await;
-            let mut jobs = jobs.lock().unwrap();
-            jobs[key].completed = Some(SystemTime::now());
-            done.push_back(key);
-            if done.len() > 10_000 {
-                let old = jobs.remove(done.pop_front().unwrap());
-                std::hint::black_box((old.id, old.event_type, old.created, old.started));
-            }
+            handle_by_hand(&jobs, key, &handler, &mut done).await;
         }
     });
     let payload = Bytes::from(support::payload());
     let began = Instant::now();
     for _ in 0..EVENTS {
-        let id = uuid::Uuid::now_v7();
-        let (payload, created) = (payload.clone(), SystemTime::now());
-        let job = Job { id, event_type: "shop.orders.create", payload, created, started: None, completed: None };
-        let key = slab.lock().unwrap().insert(job);
+        let key = slab.lock().unwrap().insert(Job::new(&payload));
         send.send(key).await.unwrap();
-        std::hint::black_box(id);
     }
     drop(send);
     worker.await.unwrap();
