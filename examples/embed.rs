@@ -14,7 +14,8 @@ use tokio::sync::oneshot;
 /// Called once per event, and again after a [`Failure::retry`]. A [`Failure::reject`] makes a dead letter at once.
 async fn greet(call: Call) -> Result<Reply, Failure> {
     let user: Value = call.event.payload.parse()?;
-    let name = user["name"].as_str().ok_or_else(|| Failure::reject("no-name", "a user needs a name"))?;
+    let name =
+        user.get("name").and_then(Value::as_str).ok_or_else(|| Failure::reject("no-name", "a user needs a name"))?;
     Ok(Reply::json(&json!({"greeting": format!("hello {name}")}))?)
 }
 
