@@ -41,16 +41,16 @@ pub(crate) fn run() {
 fn drain_and_singles(runtime: &Runtime) {
     let Some(peer) = support::peer("apalis-sqlite") else { return };
     support::compare(
-        "SQLite FULL, drain of 20,000 stored events, one native handler",
+        "SQLite FULL, drain of 4,000 stored events, one native handler",
         "≥ 10 × apalis-sqlite",
-        || runtime.block_on(drain(20_000)),
-        || peer.measure(&["drain", "20000"]),
+        || runtime.block_on(drain(4_000)),
+        || peer.measure(&["drain", "4000"]),
     );
     support::compare(
         "SQLite FULL, 32 callers, one event each, acknowledged durable",
         "≥ 8 × apalis-sqlite",
         || runtime.block_on(singles()),
-        || peer.measure(&["publish", "4000"]),
+        || peer.measure(&["publish", "3200"]),
     );
 }
 
