@@ -3,13 +3,14 @@
 //! A claim is made when something hints at work: a publish of this process, a freed worker, a tick of the store, a due
 //! time, or at the latest the poll. Hints carry no promise; the truth is always read from the store.
 
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use foldhash::HashSet;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep};
 
 use super::Shared;
 use super::attempt;
@@ -131,12 +132,15 @@ struct Dispatcher {
     /// When all lanes are looked at, whatever hints say.
     next_round: Instant,
     last_round: Instant,
+    /// Kept from wait to wait: arming a timer anew costs more than waking once too early.
+    timer: Pin<Box<Sleep>>,
 }
 
 impl Dispatcher {
     fn new(shared: Arc<Shared>) -> Self {
         let now = Instant::now();
-        Self { wake: shared.provider.wake(), shared, next_round: now, last_round: now }
+        let timer = Box::pin(tokio::time::sleep_until(now));
+        Self { wake: shared.provider.wake(), shared, next_round: now, last_round: now, timer }
     }
 
     /// Claims once, and says how long there is nothing to do unless something hints.
@@ -150,7 +154,7 @@ impl Dispatcher {
             Ok(claimed) => {
                 self.note_due(claimed.next_due);
                 self.start(&wants, claimed, workers).await;
-                Duration::ZERO
+                if self.shared.lanes.has_hints() { Duration::ZERO } else { self.idle_for() }
             }
             Err(error) => {
                 tracing::warn!(error = %error, cause = ?error, "cannot claim deliveries; trying again");
@@ -219,16 +223,20 @@ impl Dispatcher {
         if wait.is_zero() {
             return tokio::task::yield_now().await;
         }
+        let until = Instant::now() + wait;
+        if self.timer.is_elapsed() || self.timer.deadline() > until {
+            self.timer.as_mut().reset(until);
+        }
         let shared_store = self.shared.capabilities.shared;
         tokio::select! {
             () = self.shared.hints.notify.notified() => {}
-            () = tokio::time::sleep(wait) => {}
+            () = self.timer.as_mut() => {}
             changed = self.wake.changed(), if shared_store => {
                 if changed.is_ok() {
                     let quiet = self.last_round + TICK_DEBOUNCE;
                     self.next_round = self.next_round.min(quiet.max(Instant::now()));
                 } else {
-                    tokio::time::sleep(wait).await;
+                    self.timer.as_mut().await;
                 }
             }
         }

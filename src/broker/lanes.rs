@@ -117,6 +117,8 @@ struct Lane {
     window: Window,
     /// Whether there may be more to claim.
     hinted: bool,
+    /// How many deliveries the claim being taken in gave.
+    given: usize,
     /// Whether the last claim gave all that was asked for.
     filled: bool,
     /// Whether the lane stands in the queue of lanes with work.
@@ -135,6 +137,7 @@ impl Lane {
             rate: known.subscription.rate.map(|rate| Rate::new(rate.get())),
             window: Window::new(limit, buffer),
             hinted: false,
+            given: 0,
             filled: false,
             in_turn: false,
         }
@@ -304,23 +307,18 @@ impl Lanes {
     pub(super) fn accept(&self, wants: &[Want], leases: Vec<Lease>) -> (usize, Vec<Lease>) {
         let since = Instant::now();
         let mut state = self.lock();
-        let mut given: BTreeMap<Arc<str>, usize> = BTreeMap::new();
         let mut homeless = Vec::new();
         for lease in leases {
-            let name = Arc::clone(&lease.key.subscription);
-            match state.lanes.get_mut(&name) {
+            match state.lanes.get_mut(&lease.key.subscription) {
                 Some(lane) if !lane.paused => {
+                    lane.given += 1;
                     lane.queue.push_back(Queued { lease, since });
                     state.queued += 1;
                 }
                 _ => homeless.push(lease),
             }
-            *given.entry(name).or_default() += 1;
         }
-        for want in wants {
-            let count = given.get(&want.subscription).copied().unwrap_or(0);
-            state.claimed(want, count);
-        }
+        wants.iter().for_each(|want| state.claimed(want));
         self.metrics.queue_size().set(i64::try_from(state.queued).unwrap_or(i64::MAX));
         (state.start_workers(self.max_workers), homeless)
     }
@@ -348,6 +346,11 @@ impl Lanes {
         (Some(job), hungry)
     }
 
+    /// Whether some lane may have something to claim.
+    pub(super) fn has_hints(&self) -> bool {
+        !self.lock().hinted.is_empty()
+    }
+
     /// Whether nothing is queued and nobody works.
     pub(super) fn is_idle(&self) -> bool {
         let state = self.lock();
@@ -365,8 +368,9 @@ impl State {
         }
     }
 
-    fn claimed(&mut self, want: &Want, count: usize) {
+    fn claimed(&mut self, want: &Want) {
         let Some(lane) = self.lanes.get_mut(&want.subscription) else { return };
+        let count = std::mem::take(&mut lane.given);
         lane.filled = count >= want.room;
         if let Some(rate) = &mut lane.rate {
             rate.take(count);

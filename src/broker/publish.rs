@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::service::raised;
 use super::{Published, Shared};
 use crate::error::{Error, Result};
-use crate::event::{Event, EventType, Source};
+use crate::event::{Event, EventId, EventType, Source};
 use crate::provider::{Append, Appended};
 
 /// The most events appended at once.
@@ -29,19 +29,58 @@ pub(super) struct Job {
     answer: oneshot::Sender<Result<Vec<Appended>>>,
 }
 
+/// What is still known of an event once the store has it.
+struct Told {
+    id: EventId,
+    source: Source,
+    event_type: EventType,
+    subscriptions: Arc<[Arc<str>]>,
+}
+
 impl Shared {
     pub(super) async fn publish_one(&self, event: Event) -> Result<Published> {
-        let mut published = self.publish_checked(vec![self.checked(event)?]).await?;
-        published.pop().ok_or(Error::Stopped("store"))
+        let event = self.checked(event)?;
+        let _gate = self.router.hold().await;
+        let (told, append) = self.routed(event)?;
+        let appended = self.append(vec![append]).await?;
+        let appended = appended.first().ok_or(Error::Stopped("store"))?;
+        Ok(self.acknowledged(told, appended))
     }
 
     pub(super) async fn publish_all(&self, events: Vec<Event>) -> Result<Vec<Published>> {
-        let checked = events
-            .into_iter()
-            .enumerate()
-            .map(|(index, event)| self.checked(event).map_err(|error| at_index(error, index)));
-        let events = checked.collect::<Result<Vec<_>>>()?;
-        if events.is_empty() { Ok(Vec::new()) } else { self.publish_checked(events).await }
+        if events.is_empty() {
+            return Ok(Vec::new());
+        }
+        let check = |(index, event)| self.checked(event).map_err(|error| at_index(error, index));
+        let events = events.into_iter().enumerate().map(check).collect::<Result<Vec<_>>>()?;
+        let _gate = self.router.hold().await;
+        let routed = events.into_iter().map(|event| self.routed(event)).collect::<Result<Vec<_>>>()?;
+        let (told, batch): (Vec<Told>, Vec<Append>) = routed.into_iter().unzip();
+        let appended = self.append(batch).await?;
+        Ok(told.into_iter().zip(&appended).map(|(told, appended)| self.acknowledged(told, appended)).collect())
+    }
+
+    /// Matches an event. The caller holds the router until it is appended.
+    fn routed(&self, event: Event) -> Result<(Told, Append)> {
+        let subscriptions = self.router.matching(&event.event_type)?;
+        let (id, source, event_type) = (event.id.clone(), event.source, event.event_type.clone());
+        let told = Told { id, source, event_type, subscriptions: Arc::clone(&subscriptions) };
+        Ok((told, Append { event, subscriptions }))
+    }
+
+    /// Counts an event that the store has taken, and lets the dispatcher know.
+    fn acknowledged(&self, told: Told, appended: &Appended) -> Published {
+        let &Appended { seq, duplicate, status } = appended;
+        if !duplicate {
+            self.totals.published.fetch_add(1, Ordering::Relaxed);
+            let metrics = self.metrics.of_type(told.source, &told.event_type);
+            metrics.published.inc();
+            if told.subscriptions.is_empty() {
+                metrics.processed(status);
+            }
+            self.hints.about(told.subscriptions.iter());
+        }
+        Published { id: told.id, seq, status, duplicate }
     }
 
     fn checked(&self, mut event: Event) -> Result<Event> {
@@ -53,35 +92,6 @@ impl Shared {
         }
         event.validate(self.options.max_payload)?;
         Ok(event)
-    }
-
-    async fn publish_checked(&self, events: Vec<Event>) -> Result<Vec<Published>> {
-        let gate = self.router.hold().await;
-        let mut batch = Vec::with_capacity(events.len());
-        let mut told = Vec::with_capacity(events.len());
-        for event in events {
-            let subscriptions = self.router.matching(&event.event_type)?;
-            told.push((event.id.clone(), event.source, event.event_type.clone(), Arc::clone(&subscriptions)));
-            batch.push(Append { event, subscriptions });
-        }
-        let appended = self.append(batch).await?;
-        drop(gate);
-        let mut published = Vec::with_capacity(appended.len());
-        for ((id, source, event_type, subscriptions), Appended { seq, duplicate, status }) in
-            told.into_iter().zip(appended)
-        {
-            if !duplicate {
-                self.totals.published.fetch_add(1, Ordering::Relaxed);
-                let metrics = self.metrics.of_type(source, &event_type);
-                metrics.published.inc();
-                if subscriptions.is_empty() {
-                    metrics.processed(status);
-                }
-                self.hints.about(subscriptions.iter());
-            }
-            published.push(Published { id, seq, status, duplicate });
-        }
-        Ok(published)
     }
 
     /// Counts an event that a handler published.
