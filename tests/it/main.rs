@@ -1,6 +1,12 @@
 //! The one integration binary: what tidegate promises, seen from outside.
 
-#![expect(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test that panics has failed")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that panics has failed"
+)]
 
 mod bad_input;
 mod broker;
@@ -8,4 +14,5 @@ mod crash;
 mod edges;
 mod host;
 mod house;
+mod restart;
 mod support;
