@@ -97,7 +97,10 @@ impl Shared {
     }
 
     async fn prune(&self) -> Result<()> {
-        let retention = Retention { max_age: self.options.keep_for, max_events: self.options.keep_events };
+        let retention = Retention {
+            max_age: self.options.keep_for.filter(|age| !age.is_zero()),
+            max_events: self.options.keep_events,
+        };
         if retention == Retention::default() {
             return Ok(());
         }

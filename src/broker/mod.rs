@@ -89,7 +89,7 @@ pub struct Options {
     /// The largest payload, in bytes. In the configuration `limits.max_payload`.
     #[serde(skip)]
     pub max_payload: u64,
-    /// Finished events older than this are removed; `None` keeps them.
+    /// Finished events older than this are removed; `None` and nothing at all (`0s`) keep them.
     #[serde(skip_serializing_if = "Option::is_none", with = "friendly::optional")]
     pub keep_for: Option<Duration>,
     /// While there are more events than this, the oldest finished ones are removed; `None` for no bound.
@@ -474,6 +474,15 @@ impl Broker {
     #[must_use]
     pub fn subscriptions(&self) -> Vec<SubscriptionStatus> {
         self.shared.router.all().iter().map(|known| self.status_of(&known.subscription)).collect()
+    }
+
+    /// The subscription of this name.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub fn subscription(&self, name: &str) -> Result<SubscriptionStatus> {
+        let known = self.shared.router.find(name).ok_or_else(|| Error::not_found("subscription", name))?;
+        Ok(self.status_of(&known.subscription))
     }
 
     fn status_of(&self, subscription: &Subscription) -> SubscriptionStatus {

@@ -23,7 +23,7 @@ pub(super) struct Args {
 struct Stretch {
     /// The subscription that gets the events
     subscription: String,
-    /// Only types that this pattern matches, whatever the subscription's own pattern says [default: *]
+    /// Only types that this pattern matches, whatever the subscription's own pattern says [default: that one]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pattern: Option<String>,

@@ -19,20 +19,26 @@ use crate::pattern::Pattern;
 pub(super) async fn start(State(app): State<App>, headers: HeaderMap, body: Body) -> Result<Json<Value>, Problem> {
     body::require_json(&headers)?;
     let bytes = body::read(body, body::SMALL, app.options.body_timeout).await?;
-    let replay = wanted(body::json(&bytes)?)?;
+    let broker = app.broker()?;
+    let replay = wanted(body::json(&bytes)?, |name| broker.subscription(name).map(|found| found.subscription.pattern))?;
     let dry_run = replay.dry_run;
-    let deliveries = app.broker()?.replay(replay).await?;
+    let deliveries = broker.replay(replay).await?;
     Ok(Json(json!({"deliveries": deliveries, "dry_run": dry_run})))
 }
 
-fn wanted(raw: &RawValue) -> Result<Replay> {
+/// Reads the request; `own` tells the pattern of the subscription, which is meant unless the request names another.
+fn wanted(raw: &RawValue, own: impl Fn(&str) -> Result<Pattern>) -> Result<Replay> {
     let members = Members::of(raw, "")?;
     members.only(&["subscription", "pattern", "from_seq", "to_seq", "from", "to", "dry_run"])?;
     let subscription = members.text("subscription")?;
-    let pattern = members.text("pattern")?;
+    let subscription = subscription.ok_or_else(|| Error::invalid("subscription", "", "is required"))?;
+    let pattern = match members.text("pattern")? {
+        Some(pattern) => Pattern::parse(&pattern)?,
+        None => own(&subscription)?,
+    };
     Ok(Replay {
-        subscription: subscription.ok_or_else(|| Error::invalid("subscription", "", "is required"))?.into(),
-        pattern: Pattern::parse(pattern.as_deref().unwrap_or("*"))?,
+        subscription: subscription.into(),
+        pattern,
         from_seq: members.read("from_seq", "a seq")?,
         to_seq: members.read("to_seq", "a seq")?,
         from: members.read::<Timestamp>("from", "an RFC 3339 instant")?,
@@ -47,10 +53,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_replay_names_its_subscription() {
-        let read = |text: &str| wanted(&RawValue::from_string(text.to_owned()).unwrap());
+    fn a_replay_names_its_subscription_and_means_its_pattern() {
+        let own = |_: &str| Pattern::parse("shop.*");
+        let read = |text: &str| wanted(&RawValue::from_string(text.to_owned()).unwrap(), own);
         let replay = read(r#"{"subscription":"a","from_seq":3,"dry_run":true}"#).unwrap();
-        assert_eq!((replay.from_seq, replay.dry_run, replay.pattern.as_str()), (Some(3), true, "*"));
+        assert_eq!((replay.from_seq, replay.dry_run, replay.pattern.as_str()), (Some(3), true, "shop.*"));
+        let wider = read(r#"{"subscription":"a","pattern":"*"}"#).unwrap();
+        assert_eq!(wider.pattern.as_str(), "*");
         for (text, words) in [
             ("{}", "subscription: is required"),
             (r#"{"subscription":"a","from_seq":-1}"#, "from_seq: must be a seq"),

@@ -40,11 +40,7 @@ pub(super) async fn declare(
     }
     let (broker, name) = (app.broker()?, subscription.name.clone());
     broker.declare(subscription).await?;
-    Ok((StatusCode::CREATED, Json(find(broker.subscriptions(), &name)?)))
-}
-
-fn find(all: Vec<SubscriptionStatus>, name: &str) -> Result<SubscriptionStatus> {
-    all.into_iter().find(|one| &*one.subscription.name == name).ok_or_else(|| Error::not_found("subscription", name))
+    Ok((StatusCode::CREATED, Json(broker.subscription(&name)?)))
 }
 
 /// `PATCH /v1/subscriptions/{name}`.
