@@ -6,6 +6,7 @@
 
 pub mod error;
 pub mod event;
+pub mod change;
 pub mod pattern;
 pub mod delivery;
 pub mod retry;
@@ -20,6 +21,7 @@ pub mod config;
 pub mod cli;
 
 pub use broker::{Answer, Broker, Published};
+pub use change::{EntityChange, LinkChange};
 pub use delivery::{Delivery, EventDetail, EventRecord, Reply, Status, Verdict};
 pub use error::{Error, Result};
 pub use event::{Event, EventId, EventType, Payload, Source};

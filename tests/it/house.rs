@@ -9,6 +9,7 @@ use tidegate::config::{Config, Sources};
 const TABLE: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("event", &["error"]),
+    ("change", &["event", "error"]),
     ("pattern", &["event", "error"]),
     ("delivery", &["event", "error"]),
     ("retry", &["delivery", "event", "error"]),
@@ -99,9 +100,8 @@ fn ideas_know_no_runtime_and_no_store() {
     for (path, text) in all_sources() {
         let module = module_of(&path);
         let forbidden: &[&str] = match module.as_str() {
-            "error" | "event" | "pattern" | "delivery" | "retry" | "subscription" | "handler" | "metrics" => {
-                &["tokio::", "sqlx::", "wasmtime", "std::fs", "std::net"]
-            }
+            "error" | "event" | "change" | "pattern" | "delivery" | "retry" | "subscription" | "handler"
+            | "metrics" => &["tokio::", "sqlx::", "wasmtime", "std::fs", "std::net"],
             "broker" => &["sqlx::", "wasmtime", "axum::", "std::fs", "std::env"],
             "host" => &["sqlx::", "axum::"],
             "provider" => &["wasmtime", "axum::"],
