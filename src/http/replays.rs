@@ -32,20 +32,13 @@ fn wanted(raw: &RawValue, own: impl Fn(&str) -> Result<Pattern>) -> Result<Repla
     members.only(&["subscription", "pattern", "from_seq", "to_seq", "from", "to", "dry_run"])?;
     let subscription = members.text("subscription")?;
     let subscription = subscription.ok_or_else(|| Error::invalid("subscription", "", "is required"))?;
-    let pattern = match members.text("pattern")? {
-        Some(pattern) => Pattern::parse(&pattern)?,
-        None => own(&subscription)?,
-    };
-    Ok(Replay {
-        subscription: subscription.into(),
-        pattern,
-        from_seq: members.read("from_seq", "a seq")?,
-        to_seq: members.read("to_seq", "a seq")?,
-        from: members.read::<Timestamp>("from", "an RFC 3339 instant")?,
-        to: members.read::<Timestamp>("to", "an RFC 3339 instant")?,
-        missing_only: false,
-        dry_run: members.read("dry_run", "true or false")?.unwrap_or_default(),
-    })
+    let pattern = members.text("pattern")?.map(|pattern| Pattern::parse(&pattern)).transpose()?;
+    let (from_seq, to_seq) = (members.read("from_seq", "a seq")?, members.read("to_seq", "a seq")?);
+    let from = members.read::<Timestamp>("from", "an RFC 3339 instant")?;
+    let to = members.read::<Timestamp>("to", "an RFC 3339 instant")?;
+    let dry_run = members.read("dry_run", "true or false")?.unwrap_or_default();
+    let pattern = pattern.map_or_else(|| own(&subscription), Ok)?;
+    Ok(Replay { subscription: subscription.into(), pattern, from_seq, to_seq, from, to, missing_only: false, dry_run })
 }
 
 #[cfg(test)]
