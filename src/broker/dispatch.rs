@@ -145,16 +145,19 @@ impl Dispatcher {
 
     /// Claims once, and says how long there is nothing to do unless something hints.
     async fn step(&mut self, workers: &mut JoinSet<()>) -> Duration {
-        self.take_hints();
-        let wants = self.shared.lanes.wants();
+        let now = Instant::now();
+        self.take_hints(now);
+        let wants = self.shared.lanes.wants(now);
         if wants.is_empty() {
-            return self.idle_for();
+            return self.idle_for(now);
         }
-        match self.claim(&wants).await {
+        match self.shared.provider.claim(&self.request(&wants)).await {
             Ok(claimed) => {
-                self.note_due(claimed.next_due);
-                self.start(&wants, claimed, workers).await;
-                if self.shared.lanes.has_hints() { Duration::ZERO } else { self.idle_for() }
+                let claimed_at = Instant::now();
+                self.shared.operations.claim.observe(claimed_at - now, claimed.leases.len());
+                self.note_due(claimed.next_due, claimed_at);
+                self.start(&wants, claimed, claimed_at, workers).await;
+                if self.shared.lanes.has_hints() { Duration::ZERO } else { self.idle_for(claimed_at) }
             }
             Err(error) => {
                 tracing::warn!(error = %error, cause = ?error, "cannot claim deliveries; trying again");
@@ -164,21 +167,14 @@ impl Dispatcher {
         }
     }
 
-    async fn claim(&self, wants: &[Want]) -> crate::Result<Claimed> {
-        let request = ClaimRequest {
-            worker: Arc::clone(&self.shared.instance_id),
-            lease: self.shared.options.lease,
-            wants: wants.to_vec(),
-        };
-        let started = Instant::now();
-        let claimed = self.shared.provider.claim(&request).await?;
-        self.shared.operations.claim.observe(started.elapsed(), claimed.leases.len());
-        Ok(claimed)
+    fn request(&self, wants: &[Want]) -> ClaimRequest {
+        let (worker, lease) = (Arc::clone(&self.shared.instance_id), self.shared.options.lease);
+        ClaimRequest { worker, lease, wants: wants.to_vec() }
     }
 
-    async fn start(&self, wants: &[Want], claimed: Claimed, workers: &mut JoinSet<()>) {
-        self.shared.leases.hold(&claimed.leases);
-        let (count, homeless) = self.shared.lanes.accept(wants, claimed.leases);
+    async fn start(&self, wants: &[Want], claimed: Claimed, at: Instant, workers: &mut JoinSet<()>) {
+        self.shared.leases.hold(&claimed.leases, at);
+        let (count, homeless) = self.shared.lanes.accept(wants, claimed.leases, at);
         for _ in 0..count {
             workers.spawn(attempt::work(Arc::clone(&self.shared)));
         }
@@ -187,8 +183,7 @@ impl Dispatcher {
         }
     }
 
-    fn take_hints(&mut self) {
-        let now = Instant::now();
+    fn take_hints(&mut self, now: Instant) {
         let hints = self.shared.hints.take();
         if hints.due.is_some_and(|due| due <= now) {
             self.shared.hints.forget_due();
@@ -206,15 +201,15 @@ impl Dispatcher {
     }
 
     /// Comes back for what becomes due before the next poll.
-    fn note_due(&mut self, next_due: Option<Duration>) {
+    fn note_due(&mut self, next_due: Option<Duration>, now: Instant) {
         if let Some(after) = next_due {
             // A store may be early: a moment's pause keeps an early answer from becoming a busy loop.
-            self.next_round = self.next_round.min(Instant::now() + after.max(TICK_DEBOUNCE));
+            self.next_round = self.next_round.min(now + after.max(TICK_DEBOUNCE));
         }
     }
 
-    fn idle_for(&self) -> Duration {
-        let round = self.next_round.saturating_duration_since(Instant::now());
+    fn idle_for(&self, now: Instant) -> Duration {
+        let round = self.next_round.saturating_duration_since(now);
         self.shared.lanes.next_token().map_or(round, |token| round.min(token))
     }
 

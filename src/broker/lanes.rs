@@ -273,8 +273,7 @@ impl Lanes {
     }
 
     /// What to claim now. The lanes named are no longer hinted: what a claim finds decides whether they are again.
-    pub(super) fn wants(&self) -> Vec<Want> {
-        let now = Instant::now();
+    pub(super) fn wants(&self, now: Instant) -> Vec<Want> {
         let mut state = self.lock();
         let mut budget = self.buffer.saturating_sub(state.queued);
         let mut wants = Vec::new();
@@ -304,8 +303,7 @@ impl Lanes {
     }
 
     /// Queues what a claim gave; returns how many workers to start, and what came for lanes that are gone.
-    pub(super) fn accept(&self, wants: &[Want], leases: Vec<Lease>) -> (usize, Vec<Lease>) {
-        let since = Instant::now();
+    pub(super) fn accept(&self, wants: &[Want], leases: Vec<Lease>, since: Instant) -> (usize, Vec<Lease>) {
         let mut state = self.lock();
         let mut homeless = Vec::new();
         for lease in leases {

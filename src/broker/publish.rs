@@ -154,14 +154,14 @@ pub(super) async fn run(shared: Arc<Shared>, mut jobs: mpsc::Receiver<Job>, mut 
             () = raised(&mut quit), if !jobs.is_closed() => jobs.close(),
             count = jobs.recv_many(&mut group, GROUP) => match count {
                 0 => return,
-                _ => append_group(&shared, std::mem::take(&mut group)).await,
+                _ => append_group(&shared, group.drain(..)).await,
             },
         }
     }
 }
 
-async fn append_group(shared: &Shared, group: Vec<Job>) {
-    let (mut together, mut callers) = (Vec::new(), Vec::with_capacity(group.len()));
+async fn append_group(shared: &Shared, group: impl Iterator<Item = Job>) {
+    let (mut together, mut callers) = (Vec::new(), Vec::new());
     for Job { batch, answer } in group {
         callers.push((batch.len(), answer));
         together.extend(batch);

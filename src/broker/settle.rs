@@ -71,9 +71,8 @@ impl Held {
         self.by_token.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn hold(&self, leases: &[Lease]) {
-        let now = Instant::now();
-        self.lock().extend(leases.iter().map(|lease| (lease.key.token, (lease.key.clone(), now))));
+    pub(super) fn hold(&self, leases: &[Lease], since: Instant) {
+        self.lock().extend(leases.iter().map(|lease| (lease.key.token, (lease.key.clone(), since))));
     }
 
     pub(super) fn forget(&self, tokens: impl IntoIterator<Item = u64>) {
@@ -115,7 +114,7 @@ pub(super) async fn run(shared: Arc<Shared>, mut queue: mpsc::Receiver<Ended>, m
             () = raised(&mut quit), if !queue.is_closed() => queue.close(),
             count = queue.recv_many(&mut batch, BATCH) => match count {
                 0 => return,
-                _ => settler.settle(std::mem::take(&mut batch)).await,
+                _ => settler.settle(batch.drain(..)).await,
             },
         }
     }
@@ -127,11 +126,10 @@ struct Settler {
 }
 
 impl Settler {
-    async fn settle(&mut self, batch: Vec<Ended>) {
+    async fn settle(&mut self, batch: impl Iterator<Item = Ended>) {
         let shared = Arc::clone(&self.shared);
         let _gate = shared.router.hold().await;
-        let (fates, settlements): (Vec<Fate>, Vec<Settlement>) =
-            batch.into_iter().map(|ended| self.decide(ended)).unzip();
+        let (fates, settlements): (Vec<Fate>, Vec<Settlement>) = batch.map(|ended| self.decide(ended)).unzip();
         let Some(results) = self.write(&fates, settlements).await else { return };
         let mut refused = Vec::new();
         for (mut fate, result) in fates.into_iter().zip(results) {
