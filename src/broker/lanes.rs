@@ -3,10 +3,11 @@
 //! Lanes take turns, each runs at most its concurrency, and how far each leases ahead of its workers follows from how
 //! fast it drains. Everything here is synchronous and behind one lock that is never held across an await.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use foldhash::HashMap;
 use tokio::time::Instant;
 
 use super::Options;
@@ -164,7 +165,7 @@ impl Lane {
 }
 
 struct State {
-    lanes: BTreeMap<Arc<str>, Lane>,
+    lanes: HashMap<Arc<str>, Lane>,
     /// Lanes that are hinted, so that ten thousand idle ones cost nothing.
     hinted: VecDeque<Arc<str>>,
     /// Lanes with runnable work, in turn.
@@ -199,7 +200,7 @@ pub(super) struct Load {
 impl Lanes {
     pub(super) fn new(max_workers: usize, buffer: usize, metrics: Metrics) -> Self {
         let (hinted, turns) = (VecDeque::new(), VecDeque::new());
-        let state = State { lanes: BTreeMap::new(), hinted, turns, workers: 0, queued: 0 };
+        let state = State { lanes: HashMap::default(), hinted, turns, workers: 0, queued: 0 };
         Self { state: Mutex::new(state), max_workers, buffer, metrics }
     }
 
