@@ -67,7 +67,7 @@ impl EntityChange {
     /// The event `<schema>.<entity type>.<create|update|delete>`, ordered by the entity's id.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when schema or entity type are no legal segments.
+    /// [`Error::Invalid`](crate::Error::Invalid) when schema or entity type are no legal segments.
     pub fn into_event(self, schema: &str) -> Result<Event> {
         let event_type = event_type(schema, &self.entity_type, self.action.operation())?;
         let mut event = Event::new(Source::Database, event_type, Payload::json(&self)?);
@@ -118,7 +118,7 @@ impl LinkChange {
     /// The event `<schema>.<link type>.<create|delete>`, ordered by the link's id.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when schema or link type are no legal segments.
+    /// [`Error::Invalid`](crate::Error::Invalid) when schema or link type are no legal segments.
     pub fn into_event(self, schema: &str) -> Result<Event> {
         let event_type = event_type(schema, &self.link_type, self.action.operation())?;
         let mut event = Event::new(Source::Database, event_type, Payload::json(&self)?);
