@@ -184,13 +184,21 @@ impl Settler {
         };
         let key = lease.key.clone();
         let settlement = Settlement { key, next, attempt: Some(attempt), published: Vec::new(), writes: Vec::new() };
-        let mut fate =
-            Fate { verdict: outcome.verdict, next, lease, binding, duration, published: Vec::new(), spare: None };
+        let mut fate = Fate {
+            verdict: outcome.verdict,
+            next,
+            lease,
+            binding,
+            duration,
+            published: Vec::new(),
+            spare: None,
+            death: None,
+        };
         let settlement = match next {
             Next::Complete => self.with_effects(&mut fate, settlement, outcome.effects),
             _ => settlement,
         };
-        self.warn_of_death(&fate, &settlement);
+        fate.death = death(&settlement);
         (fate, settlement)
     }
 
@@ -245,17 +253,8 @@ impl Settler {
             attempt.error = Some(Fault::new("effects-refused", message));
             (attempt.verdict, attempt.reply) = (Verdict::HostFault, None);
         }
+        fate.death = death(&settlement);
         settlement
-    }
-
-    fn warn_of_death(&self, fate: &Fate, settlement: &Settlement) {
-        if fate.next != Next::Fail {
-            return;
-        }
-        let fault = settlement.attempt.as_ref().and_then(|attempt| attempt.error.as_ref());
-        let error = fault.map(ToString::to_string).unwrap_or_default();
-        let (event, subscription) = (&fate.lease.event.id, &fate.binding.name);
-        tracing::warn!(%event, %subscription, verdict = %fate.verdict, error, "a delivery becomes a dead letter");
     }
 
     /// Writes the batch, patiently. `None` when the store kept failing: the leases expire, and others take over.
@@ -312,6 +311,8 @@ impl Settler {
             Next::Fail => {
                 totals.failed.fetch_add(1, Ordering::Relaxed);
                 metrics.dead_letters.inc();
+                let (error, subscription) = (fate.death.as_deref().unwrap_or_default(), &fate.binding.name);
+                tracing::warn!(event = %event.id, %subscription, verdict = %fate.verdict, error, "a delivery became a dead letter");
             }
             Next::Complete | Next::Release => {}
         }
@@ -355,6 +356,14 @@ struct Fate {
     published: Vec<Told>,
     /// The settlement once more, where the store may answer that its effects cannot be applied.
     spare: Option<Box<Settlement>>,
+    /// Why the delivery becomes a dead letter, where it does.
+    death: Option<String>,
+}
+
+/// The error of a settlement that makes a dead letter.
+fn death(settlement: &Settlement) -> Option<String> {
+    let attempt = settlement.attempt.as_ref().filter(|_| settlement.next == Next::Fail)?;
+    attempt.error.as_ref().map(ToString::to_string)
 }
 
 impl Shared {
