@@ -127,7 +127,7 @@ async fn batches() -> f64 {
 async fn drain(count: usize) -> f64 {
     let mut rig = Rig::open().await;
     let done = rig.subscribe(count).await;
-    // The service takes the single-publish queue only: batches are stored by whoever runs, so it runs paused.
+    // Paused while the events are stored, so that what is timed is their handling alone.
     let pause = |paused| tidegate::broker::SubscriptionPatch { paused: Some(paused), ..Default::default() };
     rig.broker.patch_subscription("all", pause(true)).await.unwrap();
     let running = rig.run();
@@ -209,17 +209,22 @@ async fn pick_up() -> Vec<Duration> {
     times
 }
 
-/// What both sides by hand share: one connection, two narrow tables.
-async fn by_hand(folder: &Path) -> SqliteConnection {
-    let mut connection = SqliteConnectOptions::new()
-        .filename(folder.join("hand.db"))
+/// A connection as both sides by hand use it.
+async fn connect(path: &Path) -> SqliteConnection {
+    SqliteConnectOptions::new()
+        .filename(path)
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full)
         .disable_statement_logging()
         .connect()
         .await
-        .unwrap();
+        .unwrap()
+}
+
+/// A fresh file with two narrow tables.
+async fn by_hand(folder: &Path) -> SqliteConnection {
+    let mut connection = connect(&folder.join("hand.db")).await;
     for statement in [
         "CREATE TABLE events (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, type TEXT NOT NULL, payload TEXT NOT NULL, created_at INTEGER NOT NULL)",
         "CREATE TABLE deliveries (seq INTEGER PRIMARY KEY, status INTEGER NOT NULL, token INTEGER, lease_end INTEGER)",
@@ -303,14 +308,7 @@ async fn pick_up_by_hand() -> Vec<Duration> {
     let (started, mut starts) = mpsc::unbounded_channel();
     let path = folder.path().join("hand.db");
     let worker = tokio::spawn(async move {
-        let mut connection = SqliteConnectOptions::new()
-            .filename(path)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .disable_statement_logging()
-            .connect()
-            .await
-            .unwrap();
+        let mut connection = connect(&path).await;
         while receive.recv().await.is_some() {
             let claimed = claim_by_hand(&mut connection, 10).await;
             started.send(Instant::now()).unwrap();
