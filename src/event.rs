@@ -179,6 +179,10 @@ impl EventId {
 /// # Errors
 /// [`Error::Invalid`] naming `field`.
 pub fn short_text(field: &'static str, text: &str) -> Result<()> {
+    // Almost every text: characters are not counted one by one for it.
+    if text.len() <= MAX_TEXT && text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return Ok(());
+    }
     if text.chars().count() > MAX_TEXT {
         return Err(Error::invalid(field, text, "must be at most 255 characters"));
     }

@@ -1,4 +1,4 @@
-//! Claims by demand: asks the store for what the lanes have room for, and starts workers.
+//! Claims by demand: asks the store for what the lanes have room for, and wakes workers.
 //!
 //! A claim is made when something hints at work: a publish of this process, a freed worker, a tick of the store, a due
 //! time, or at the latest the poll. Hints carry no promise; the truth is always read from the store.
@@ -9,13 +9,12 @@ use std::time::Duration;
 
 use foldhash::HashSet;
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep};
 
 use super::Shared;
-use super::attempt;
+use super::lanes::{Lanes, Places, Wanted};
 use super::service::raised;
-use crate::provider::{ClaimRequest, Claimed, Want};
+use crate::provider::{ClaimRequest, Claimed, Lease};
 
 /// Ticks of a shared store come with every write of every process: look at all lanes at most this often for them.
 const TICK_DEBOUNCE: Duration = Duration::from_millis(5);
@@ -94,12 +93,94 @@ impl Hints {
     }
 }
 
-/// Runs until `stop` turns true. Workers go on in `workers`.
-pub(super) async fn run(shared: Arc<Shared>, mut stop: watch::Receiver<bool>, workers: &mut JoinSet<()>) {
-    let mut dispatcher = Dispatcher::new(Arc::clone(&shared));
+impl Shared {
+    /// These subscriptions may have something to claim. Where the store does not gain from large claims a worker claims
+    /// before it works; elsewhere the dispatcher does, for all who hint at the same time.
+    pub(super) fn offer<'a>(&self, names: impl IntoIterator<Item = &'a Arc<str>>) {
+        if self.capabilities.grouping { self.hints.about(names) } else { self.lanes.offer(names) }
+    }
+
+    /// A lane has room again: claims for it, or has it claimed for. `true` when there may be something to do now, for the
+    /// worker that asks, or for others if it is `busy`.
+    pub(super) async fn refill(&self, busy: bool) -> bool {
+        if self.capabilities.grouping {
+            self.hints.nudge();
+            return false;
+        }
+        let now = Instant::now();
+        let wanted = self.lanes.wants(now);
+        if wanted.is_empty() {
+            return false;
+        }
+        let Some((next_due, _)) = self.claim(wanted, now, busy).await else {
+            self.hints.due(STORE_PAUSE);
+            return false;
+        };
+        if let Some(due) = next_due
+            && due < self.options.poll
+        {
+            self.hints.due(due);
+        }
+        true
+    }
+
+    /// Claims what the lanes want. The answer is how long until more becomes due, as far as the store knows, and when
+    /// it was given; `None` when the store failed. With `wake` a worker is woken for what it gave.
+    async fn claim(&self, wanted: Wanted, now: Instant, wake: bool) -> Option<(Option<Duration>, Instant)> {
+        let mut claiming = Claiming::new(self, wanted);
+        let Claimed { leases, next_due } = match self.provider.claim(&claiming.request).await {
+            Ok(claimed) => claimed,
+            Err(error) => {
+                tracing::warn!(error = %error, cause = ?error, "cannot claim deliveries; trying again");
+                return None;
+            }
+        };
+        let at = Instant::now();
+        self.operations.claim.observe(at - now, leases.len());
+        self.leases.hold(&leases, at);
+        let homeless = claiming.end(leases, wake);
+        if let Err(error) = self.release(homeless).await {
+            tracing::warn!(error = %error, "cannot give leases back; they expire by themselves");
+        }
+        Some((next_due, at))
+    }
+}
+
+/// A claim on its way. Dropped before its end, it gives the lanes their hints back.
+struct Claiming<'a> {
+    lanes: &'a Lanes,
+    request: ClaimRequest,
+    places: Places,
+    ended: bool,
+}
+
+impl<'a> Claiming<'a> {
+    fn new(shared: &'a Shared, wanted: Wanted) -> Self {
+        let Wanted { wants, places } = wanted;
+        let (worker, lease) = (Arc::clone(&shared.instance_id), shared.options.lease);
+        Self { lanes: &shared.lanes, request: ClaimRequest { worker, lease, wants }, places, ended: false }
+    }
+
+    /// Hands the lanes what they got; returns what is not theirs.
+    fn end(&mut self, leases: Vec<Lease>, wake: bool) -> Vec<Lease> {
+        self.ended = true;
+        self.lanes.accept(&self.request, &self.places, leases, wake)
+    }
+}
+
+impl Drop for Claiming<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.lanes.refund(&self.places);
+        }
+    }
+}
+
+/// Runs until `stop` turns true.
+pub(super) async fn run(shared: Arc<Shared>, mut stop: watch::Receiver<bool>) {
+    let mut dispatcher = Dispatcher::new(shared);
     loop {
-        let wait = dispatcher.step(workers).await;
-        while workers.try_join_next().is_some() {}
+        let wait = dispatcher.step().await;
         tokio::select! {
             biased;
             () = raised(&mut stop) => return,
@@ -109,16 +190,15 @@ pub(super) async fn run(shared: Arc<Shared>, mut stop: watch::Receiver<bool>, wo
 }
 
 /// Claims what is ready until nothing is and nobody works. For stores that forget what is pending when they close.
-pub(super) async fn drain(shared: &Arc<Shared>, workers: &mut JoinSet<()>) {
+pub(super) async fn drain(shared: &Arc<Shared>) {
     let mut dispatcher = Dispatcher::new(Arc::clone(shared));
     loop {
         shared.lanes.hint_all();
-        dispatcher.step(workers).await;
-        if !shared.lanes.is_idle() {
-            workers.join_next().await;
-        } else if shared.leases.is_empty() {
-            return;
-        } else {
+        dispatcher.step().await;
+        if !shared.lanes.idled().await {
+            if shared.leases.is_empty() {
+                return;
+            }
             // What is being settled may publish more.
             shared.leases.emptied().await;
         }
@@ -128,7 +208,8 @@ pub(super) async fn drain(shared: &Arc<Shared>, workers: &mut JoinSet<()>) {
 
 struct Dispatcher {
     shared: Arc<Shared>,
-    wake: watch::Receiver<u64>,
+    /// Ticks of a store that others write to.
+    wake: Option<watch::Receiver<u64>>,
     /// When all lanes are looked at, whatever hints say.
     next_round: Instant,
     last_round: Instant,
@@ -140,47 +221,21 @@ impl Dispatcher {
     fn new(shared: Arc<Shared>) -> Self {
         let now = Instant::now();
         let timer = Box::pin(tokio::time::sleep_until(now));
-        Self { wake: shared.provider.wake(), shared, next_round: now, last_round: now, timer }
+        let wake = shared.capabilities.shared.then(|| shared.provider.wake());
+        Self { wake, shared, next_round: now, last_round: now, timer }
     }
 
     /// Claims once, and says how long there is nothing to do unless something hints.
-    async fn step(&mut self, workers: &mut JoinSet<()>) -> Duration {
+    async fn step(&mut self) -> Duration {
         let now = Instant::now();
         self.take_hints(now);
-        let wants = self.shared.lanes.wants(now);
-        if wants.is_empty() {
+        let wanted = self.shared.lanes.wants(now);
+        if wanted.is_empty() {
             return self.idle_for(now);
         }
-        match self.shared.provider.claim(&self.request(&wants)).await {
-            Ok(claimed) => {
-                let claimed_at = Instant::now();
-                self.shared.operations.claim.observe(claimed_at - now, claimed.leases.len());
-                self.note_due(claimed.next_due, claimed_at);
-                self.start(&wants, claimed, claimed_at, workers).await;
-                if self.shared.lanes.has_hints() { Duration::ZERO } else { self.idle_for(claimed_at) }
-            }
-            Err(error) => {
-                tracing::warn!(error = %error, cause = ?error, "cannot claim deliveries; trying again");
-                self.shared.lanes.refund(&wants);
-                STORE_PAUSE
-            }
-        }
-    }
-
-    fn request(&self, wants: &[Want]) -> ClaimRequest {
-        let (worker, lease) = (Arc::clone(&self.shared.instance_id), self.shared.options.lease);
-        ClaimRequest { worker, lease, wants: wants.to_vec() }
-    }
-
-    async fn start(&self, wants: &[Want], claimed: Claimed, at: Instant, workers: &mut JoinSet<()>) {
-        self.shared.leases.hold(&claimed.leases, at);
-        let (count, homeless) = self.shared.lanes.accept(wants, claimed.leases, at);
-        for _ in 0..count {
-            workers.spawn(attempt::work(Arc::clone(&self.shared)));
-        }
-        if let Err(error) = self.shared.release(homeless).await {
-            tracing::warn!(error = %error, "cannot give leases back; they expire by themselves");
-        }
+        let Some((next_due, claimed_at)) = self.shared.claim(wanted, now, true).await else { return STORE_PAUSE };
+        self.note_due(next_due, claimed_at);
+        if self.shared.lanes.has_hints() { Duration::ZERO } else { self.idle_for(claimed_at) }
     }
 
     fn take_hints(&mut self, now: Instant) {
@@ -222,18 +277,23 @@ impl Dispatcher {
         if self.timer.is_elapsed() || self.timer.deadline() > until {
             self.timer.as_mut().reset(until);
         }
-        let shared_store = self.shared.capabilities.shared;
         tokio::select! {
             () = self.shared.hints.notify.notified() => {}
             () = self.timer.as_mut() => {}
-            changed = self.wake.changed(), if shared_store => {
-                if changed.is_ok() {
-                    let quiet = self.last_round + TICK_DEBOUNCE;
-                    self.next_round = self.next_round.min(quiet.max(Instant::now()));
-                } else {
-                    self.timer.as_mut().await;
-                }
+            () = ticked(self.wake.as_mut()) => {
+                let quiet = self.last_round + TICK_DEBOUNCE;
+                self.next_round = self.next_round.min(quiet.max(Instant::now()));
             }
         }
     }
+}
+
+/// Waits for a tick; for ever where none can come any more.
+async fn ticked(wake: Option<&mut watch::Receiver<u64>>) {
+    if let Some(wake) = wake
+        && wake.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }

@@ -8,13 +8,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use foldhash::HashMap;
+use smallvec::SmallVec;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::Options;
 use super::routing::Known;
 use crate::handler::Handler;
 use crate::metrics::{Metrics, SubscriptionMetrics};
-use crate::provider::{Lease, Want};
+use crate::provider::{ClaimRequest, Lease, Want};
 use crate::retry::RetryPolicy;
 use crate::subscription::Ordering;
 
@@ -32,18 +34,24 @@ pub(super) struct Binding {
     pub(super) timeout: Duration,
     pub(super) ordering: Ordering,
     pub(super) metrics: SubscriptionMetrics,
+    lane: LaneId,
 }
 
+/// A lane's place. A subscription keeps its place for as long as the process lives.
+type LaneId = usize;
+
 /// A leased delivery on its way to a worker.
-pub(super) struct Queued {
-    pub(super) lease: Lease,
-    pub(super) since: Instant,
+struct Queued {
+    lease: Lease,
+    since: Instant,
 }
 
 /// One attempt for a worker to make.
 pub(super) struct Job {
     pub(super) binding: Arc<Binding>,
-    pub(super) queued: Queued,
+    pub(super) lease: Lease,
+    /// When a worker took it.
+    pub(super) began: Instant,
 }
 
 /// How far a lane leases ahead of its workers.
@@ -118,6 +126,8 @@ struct Lane {
     window: Window,
     /// Whether there may be more to claim.
     hinted: bool,
+    /// Whether a claim for the lane is on its way: another one waits for it, or both would fill the same room.
+    claiming: bool,
     /// How many deliveries the claim being taken in gave.
     given: usize,
     /// Whether the last claim gave all that was asked for.
@@ -138,6 +148,7 @@ impl Lane {
             rate: known.subscription.rate.map(|rate| Rate::new(rate.get())),
             window: Window::new(limit, buffer),
             hinted: false,
+            claiming: false,
             given: 0,
             filled: false,
             in_turn: false,
@@ -165,21 +176,60 @@ impl Lane {
 }
 
 struct State {
-    lanes: HashMap<Arc<str>, Lane>,
+    /// `None` where a subscription has no handler any more.
+    lanes: Vec<Option<Lane>>,
+    ids: HashMap<Arc<str>, LaneId>,
     /// Lanes that are hinted, so that ten thousand idle ones cost nothing.
-    hinted: VecDeque<Arc<str>>,
+    hinted: VecDeque<LaneId>,
     /// Lanes with runnable work, in turn.
-    turns: VecDeque<Arc<str>>,
-    workers: usize,
+    turns: VecDeque<LaneId>,
     queued: usize,
+    running: usize,
+    /// Claims on their way.
+    claims: usize,
+    /// Whether lanes were hinted since somebody last looked what to claim.
+    news: bool,
+    /// Whether a worker was woken and has not found out yet whether there is something for it. Whoever has news for
+    /// workers wakes one only while none is on its way: it wakes the next when there is more than it takes.
+    searching: bool,
+    /// Whether workers go home when there is nothing to do, and nothing is accepted any more.
+    closed: bool,
+}
+
+/// The lanes of a claim, one for each want.
+pub(super) type Places = SmallVec<[LaneId; 1]>;
+
+/// What lanes want claimed.
+pub(super) struct Wanted {
+    pub(super) wants: Vec<Want>,
+    pub(super) places: Places,
+}
+
+impl Wanted {
+    pub(super) fn is_empty(&self) -> bool {
+        self.wants.is_empty()
+    }
 }
 
 /// All lanes of this process.
 pub(super) struct Lanes {
     state: Mutex<State>,
+    /// Wakes a worker. One that finds more to do than it takes wakes the next.
+    work: Notify,
+    idle: Notify,
     max_workers: usize,
     buffer: usize,
     metrics: Metrics,
+}
+
+/// What a worker does next.
+pub(super) enum Turn {
+    /// This attempt.
+    Attempt(Job),
+    /// Waits for [`Lanes::work`].
+    Wait,
+    /// Goes home.
+    Leave,
 }
 
 /// How much a lane holds.
@@ -200,8 +250,21 @@ pub(super) struct Load {
 impl Lanes {
     pub(super) fn new(max_workers: usize, buffer: usize, metrics: Metrics) -> Self {
         let (hinted, turns) = (VecDeque::new(), VecDeque::new());
-        let state = State { lanes: HashMap::default(), hinted, turns, workers: 0, queued: 0 };
-        Self { state: Mutex::new(state), max_workers, buffer, metrics }
+        let (lanes, ids) = (Vec::new(), HashMap::default());
+        let state = State {
+            lanes,
+            ids,
+            hinted,
+            turns,
+            queued: 0,
+            running: 0,
+            claims: 0,
+            news: false,
+            searching: false,
+            closed: false,
+        };
+        let (work, idle) = (Notify::new(), Notify::new());
+        Self { state: Mutex::new(state), work, idle, max_workers, buffer, metrics }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -212,30 +275,45 @@ impl Lanes {
     /// Gives a subscription a handler, or a new one. What it has leased stays.
     pub(super) fn bind(&self, known: &Known, handler: Arc<dyn Handler>, options: &Options) {
         let subscription = &known.subscription;
+        let metrics = self.metrics.of_subscription(&subscription.name);
+        let mut state = self.lock();
+        let id = state.id(&subscription.name);
         let binding = Arc::new(Binding {
             name: Arc::clone(&subscription.name),
             handler,
             policy: subscription.retry.resolve(&options.retry),
             timeout: subscription.timeout.unwrap_or(options.timeout),
             ordering: subscription.ordering,
-            metrics: self.metrics.of_subscription(&subscription.name),
+            metrics,
+            lane: id,
         });
         let mut lane = Lane::new(binding, known, self.max_workers, self.buffer);
-        let mut state = self.lock();
-        if let Some(old) = state.lanes.remove(&subscription.name) {
-            (lane.queue, lane.running) = (old.queue, old.running);
-            (lane.in_turn, lane.hinted) = (old.in_turn, old.hinted);
+        if let Some(place) = state.lanes.get_mut(id) {
+            if let Some(old) = place.take() {
+                (lane.queue, lane.running) = (old.queue, old.running);
+                (lane.in_turn, lane.hinted, lane.claiming) = (old.in_turn, old.hinted, old.claiming);
+            }
+            *place = Some(lane);
         }
-        let name = Arc::clone(&subscription.name);
-        state.lanes.insert(Arc::clone(&name), lane);
-        state.hint(&name);
-        state.take_turn(&name);
+        state.hint(id);
+        state.take_turn(id);
+        self.wake_worker(state);
+    }
+
+    /// Wakes a worker unless one is on its way, or all are busy.
+    fn wake_worker(&self, mut state: MutexGuard<'_, State>) {
+        if state.searching || state.running >= self.max_workers {
+            return;
+        }
+        state.searching = true;
+        drop(state);
+        self.work.notify_one();
     }
 
     /// Changes the knobs of a bound subscription; returns the leases that it must give back because it is paused now.
     pub(super) fn update(&self, known: &Known, options: &Options) -> Vec<Lease> {
         let name = &known.subscription.name;
-        let Some(handler) = self.lock().lanes.get(name).map(|lane| Arc::clone(&lane.binding.handler)) else {
+        let Some(handler) = self.lock().find(name).map(|lane| Arc::clone(&lane.binding.handler)) else {
             return Vec::new();
         };
         self.bind(known, handler, options);
@@ -246,70 +324,91 @@ impl Lanes {
     pub(super) fn unbind(&self, name: &str) -> Vec<Lease> {
         let mut state = self.lock();
         let leases = state.empty(name);
-        state.lanes.remove(name);
+        if let Some(&id) = state.ids.get(name)
+            && let Some(place) = state.lanes.get_mut(id)
+        {
+            *place = None;
+        }
         leases
     }
 
     pub(super) fn status(&self, name: &str) -> Option<LaneStatus> {
-        self.lock().lanes.get(name).map(|lane| LaneStatus { queued: lane.queue.len(), running: lane.running })
+        self.lock().find(name).map(|lane| LaneStatus { queued: lane.queue.len(), running: lane.running })
     }
 
     pub(super) fn load(&self) -> Load {
         let state = self.lock();
-        let running = state.lanes.values().map(|lane| lane.running).sum();
-        Load { lanes: state.lanes.len(), queued: state.queued, running }
+        Load { lanes: state.lanes.iter().flatten().count(), queued: state.queued, running: state.running }
     }
 
     /// Notes that these lanes, or all, may have something to claim.
     pub(super) fn hint<'a>(&self, names: impl IntoIterator<Item = &'a Arc<str>>) {
+        self.lock().hint_names(names);
+    }
+
+    /// The same, and wakes a worker to claim it.
+    pub(super) fn offer<'a>(&self, names: impl IntoIterator<Item = &'a Arc<str>>) {
         let mut state = self.lock();
-        names.into_iter().for_each(|name| state.hint(name));
+        state.hint_names(names);
+        if !state.hinted.is_empty() {
+            state.news = true;
+            self.wake_worker(state);
+        }
     }
 
     pub(super) fn hint_all(&self) {
         let mut state = self.lock();
-        let idle: Vec<Arc<str>> =
-            state.lanes.iter().filter(|(_, lane)| !lane.hinted).map(|(name, _)| Arc::clone(name)).collect();
-        idle.iter().for_each(|name| state.hint(name));
+        (0..state.lanes.len()).for_each(|id| state.hint(id));
     }
 
     /// What to claim now. The lanes named are no longer hinted: what a claim finds decides whether they are again.
-    pub(super) fn wants(&self, now: Instant) -> Vec<Want> {
+    pub(super) fn wants(&self, now: Instant) -> Wanted {
         let mut state = self.lock();
+        state.news = false;
         let mut budget = self.buffer.saturating_sub(state.queued);
-        let mut wants = Vec::new();
+        let mut wanted = Wanted { wants: Vec::new(), places: Places::new() };
         for _ in 0..state.hinted.len() {
-            let Some(name) = state.hinted.pop_front() else { break };
-            let Some(lane) = state.lanes.get_mut(&name) else { continue };
-            let room = lane.room(now).min(budget);
-            if room == 0 || wants.len() == WANTS {
-                state.hinted.push_back(name);
+            let Some(id) = state.hinted.pop_front() else { break };
+            let Some(lane) = state.lane(id) else { continue };
+            let room = if lane.claiming { 0 } else { lane.room(now).min(budget) };
+            if room == 0 || wanted.wants.len() == WANTS {
+                state.hinted.push_back(id);
                 continue;
             }
             if lane.filled && lane.queue.is_empty() {
                 lane.window.ran_dry();
             }
-            lane.hinted = false;
+            (lane.hinted, lane.claiming) = (false, true);
             budget -= room;
-            wants.push(Want { subscription: name, room, ordering: lane.binding.ordering });
+            let (subscription, ordering) = (Arc::clone(&lane.binding.name), lane.binding.ordering);
+            wanted.wants.push(Want { subscription, room, ordering });
+            wanted.places.push(id);
         }
-        wants
+        state.claims += usize::from(!wanted.is_empty());
+        wanted
     }
 
     /// How long until a lane that is held back by its rate may claim again.
     pub(super) fn next_token(&self) -> Option<Duration> {
         let state = self.lock();
-        let held = state.hinted.iter().filter_map(|name| state.lanes.get(name)).filter(|lane| !lane.paused);
+        let hinted = state.hinted.iter().filter_map(|&id| state.lanes.get(id)?.as_ref());
+        let held = hinted.filter(|lane| !lane.paused);
         held.filter_map(|lane| lane.rate.filter(|rate| rate.room() == 0)).map(|rate| rate.next_token()).min()
     }
 
-    /// Queues what a claim gave; returns how many workers to start, and what came for lanes that are gone.
-    pub(super) fn accept(&self, wants: &[Want], leases: Vec<Lease>, since: Instant) -> (usize, Vec<Lease>) {
-        let mut state = self.lock();
-        let mut homeless = Vec::new();
+    /// Queues what a claim gave, for a worker to be woken or the one that claimed; returns what came for lanes that are
+    /// gone.
+    pub(super) fn accept(&self, claim: &ClaimRequest, places: &Places, leases: Vec<Lease>, wake: bool) -> Vec<Lease> {
+        let (wants, since, mut state) = (&claim.wants, Instant::now(), self.lock());
+        let (mut homeless, mut place, closed) = (Vec::new(), 0, state.closed);
         for lease in leases {
-            match state.lanes.get_mut(&lease.key.subscription) {
-                Some(lane) if !lane.paused => {
+            // Mostly the same lane as before, or one soon after it.
+            let is_its = |want: &Want| want.subscription == lease.key.subscription;
+            let later = wants.iter().skip(place).position(is_its).map(|steps| place + steps);
+            let found = later.or_else(|| wants.iter().position(is_its));
+            place = found.unwrap_or(place);
+            match found.and_then(|place| places.get(place)).and_then(|&id| state.lane(id)) {
+                Some(lane) if !lane.paused && !closed => {
                     lane.given += 1;
                     lane.queue.push_back(Queued { lease, since });
                     state.queued += 1;
@@ -317,32 +416,66 @@ impl Lanes {
                 _ => homeless.push(lease),
             }
         }
-        wants.iter().for_each(|want| state.claimed(want));
+        wants.iter().zip(places).for_each(|(want, &id)| state.claimed(id, want.room));
         self.metrics.queue_size().set(i64::try_from(state.queued).unwrap_or(i64::MAX));
-        (state.start_workers(self.max_workers), homeless)
+        state.claims -= 1;
+        if wake && !state.turns.is_empty() {
+            self.wake_worker(state);
+        } else {
+            self.note_idle(&state);
+        }
+        homeless
     }
 
     /// Gives a failed claim's lanes their hints back.
-    pub(super) fn refund(&self, wants: &[Want]) {
-        self.hint(wants.iter().map(|want| &want.subscription));
+    pub(super) fn refund(&self, places: &Places) {
+        let mut state = self.lock();
+        for &id in places {
+            if let Some(lane) = state.lane(id) {
+                lane.claiming = false;
+            }
+            state.hint(id);
+        }
+        state.claims -= 1;
+        self.note_idle(&state);
     }
 
-    /// The next attempt for a worker that has just finished one of `finished`; `None` sends the worker home.
+    /// What a worker does now that it has finished an attempt of `finished`.
     ///
     /// The second value says that some lane could do with another claim.
-    pub(super) fn next(&self, finished: Option<&Arc<Binding>>) -> (Option<Job>, bool) {
+    pub(super) fn next(&self, finished: Option<&Arc<Binding>>) -> (Turn, bool) {
         let mut state = self.lock();
-        if let Some(binding) = finished {
-            state.finish(&binding.name);
-            self.metrics.workers_active().dec();
+        match finished {
+            Some(binding) => state.finish(binding.lane),
+            None => state.searching = false,
         }
-        let Some((job, hungry)) = state.take_job() else {
-            state.workers -= 1;
-            return (None, !state.hinted.is_empty());
+        let (turn, hungry) = match state.take_job() {
+            Some((job, hungry)) => (Turn::Attempt(job), hungry || state.news),
+            None if state.closed => {
+                // A worker that was not waiting yet when the lanes were closed hears of it from the one before it.
+                self.work.notify_one();
+                (Turn::Leave, false)
+            }
+            None => (Turn::Wait, !state.hinted.is_empty()),
         };
-        self.metrics.workers_active().inc();
         self.metrics.queue_size().set(i64::try_from(state.queued).unwrap_or(i64::MAX));
-        (Some(job), hungry)
+        self.metrics.workers_active().set(i64::try_from(state.running).unwrap_or(i64::MAX));
+        self.note_idle(&state);
+        if !state.turns.is_empty() {
+            self.wake_worker(state);
+        }
+        (turn, hungry)
+    }
+
+    /// Waits for something to do.
+    pub(super) async fn work(&self) {
+        self.work.notified().await;
+    }
+
+    /// Lets workers finish what is queued and go home.
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.work.notify_one();
     }
 
     /// Whether some lane may have something to claim.
@@ -350,85 +483,127 @@ impl Lanes {
         !self.lock().hinted.is_empty()
     }
 
-    /// Whether nothing is queued and nobody works.
-    pub(super) fn is_idle(&self) -> bool {
-        let state = self.lock();
-        state.queued == 0 && state.workers == 0
+    /// Waits until nothing is queued or on its way and nobody works; `false` when that was so already.
+    pub(super) async fn idled(&self) -> bool {
+        let mut waited = false;
+        loop {
+            let idle = self.idle.notified();
+            if self.is_idle() {
+                return waited;
+            }
+            waited = true;
+            idle.await;
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.lock().is_idle()
+    }
+
+    fn note_idle(&self, state: &State) {
+        if state.is_idle() {
+            self.idle.notify_waiters();
+        }
     }
 }
 
 impl State {
-    fn hint(&mut self, name: &Arc<str>) {
-        if let Some(lane) = self.lanes.get_mut(name)
-            && !lane.hinted
-        {
-            lane.hinted = true;
-            self.hinted.push_back(Arc::clone(name));
+    fn is_idle(&self) -> bool {
+        self.queued == 0 && self.running == 0 && self.claims == 0
+    }
+
+    fn id(&mut self, name: &Arc<str>) -> LaneId {
+        if let Some(&id) = self.ids.get(name) {
+            return id;
+        }
+        self.ids.insert(Arc::clone(name), self.lanes.len());
+        self.lanes.push(None);
+        self.lanes.len() - 1
+    }
+
+    fn find(&self, name: &str) -> Option<&Lane> {
+        self.lanes.get(*self.ids.get(name)?)?.as_ref()
+    }
+
+    fn lane(&mut self, id: LaneId) -> Option<&mut Lane> {
+        self.lanes.get_mut(id)?.as_mut()
+    }
+
+    fn hint_names<'a>(&mut self, names: impl IntoIterator<Item = &'a Arc<str>>) {
+        for name in names {
+            if let Some(&id) = self.ids.get(name) {
+                self.hint(id);
+            }
         }
     }
 
-    fn claimed(&mut self, want: &Want) {
-        let Some(lane) = self.lanes.get_mut(&want.subscription) else { return };
+    fn hint(&mut self, id: LaneId) {
+        if let Some(lane) = self.lane(id)
+            && !lane.hinted
+        {
+            lane.hinted = true;
+            self.hinted.push_back(id);
+        }
+    }
+
+    fn claimed(&mut self, id: LaneId, room: usize) {
+        let Some(lane) = self.lane(id) else { return };
         let count = std::mem::take(&mut lane.given);
-        lane.filled = count >= want.room;
+        lane.claiming = false;
+        lane.filled = count >= room;
         if let Some(rate) = &mut lane.rate {
             rate.take(count);
         }
         if lane.filled {
-            self.hint(&want.subscription);
+            self.hint(id);
         }
-        self.take_turn(&want.subscription);
+        self.take_turn(id);
     }
 
-    fn take_turn(&mut self, name: &Arc<str>) {
-        if let Some(lane) = self.lanes.get_mut(name)
+    fn take_turn(&mut self, id: LaneId) {
+        if let Some(lane) = self.lane(id)
             && !lane.in_turn
             && lane.is_runnable()
         {
             lane.in_turn = true;
-            self.turns.push_back(Arc::clone(name));
+            self.turns.push_back(id);
         }
     }
 
-    fn start_workers(&mut self, max: usize) -> usize {
-        let runnable = self.turns.iter().filter_map(|name| self.lanes.get(name));
-        let wanted: usize = runnable.map(|lane| lane.queue.len().min(lane.limit.saturating_sub(lane.running))).sum();
-        let count = wanted.min(max.saturating_sub(self.workers));
-        self.workers += count;
-        count
-    }
-
-    fn finish(&mut self, name: &Arc<str>) {
-        if let Some(lane) = self.lanes.get_mut(name) {
+    fn finish(&mut self, id: LaneId) {
+        if let Some(lane) = self.lane(id) {
             lane.running = lane.running.saturating_sub(1);
         }
-        self.take_turn(name);
+        self.running = self.running.saturating_sub(1);
+        self.take_turn(id);
     }
 
     /// The next job in turn, and whether its lane would like another claim.
     fn take_job(&mut self) -> Option<(Job, bool)> {
-        while let Some(name) = self.turns.pop_front() {
-            let Some(lane) = self.lanes.get_mut(&name) else { continue };
+        while let Some(id) = self.turns.pop_front() {
+            let Some(lane) = self.lane(id) else { continue };
             lane.in_turn = false;
             if !lane.is_runnable() {
                 continue;
             }
-            let Some(queued) = lane.queue.pop_front() else { continue };
-            self.queued -= 1;
+            let Some(Queued { lease, since }) = lane.queue.pop_front() else { continue };
+            let began = Instant::now();
+            let wait = began.saturating_duration_since(since);
             lane.running += 1;
-            let wait = queued.since.elapsed();
             lane.window.waited(wait);
             lane.binding.metrics.queue_wait.observe(wait.as_secs_f64());
             let hungry = lane.hinted && lane.queue.len() <= lane.window.ahead / 2;
             let binding = Arc::clone(&lane.binding);
-            self.take_turn(&name);
-            return Some((Job { binding, queued }, hungry));
+            self.queued -= 1;
+            self.running += 1;
+            self.take_turn(id);
+            return Some((Job { binding, lease, began }, hungry));
         }
         None
     }
 
     fn empty(&mut self, name: &str) -> Vec<Lease> {
-        let Some(lane) = self.lanes.get_mut(name) else { return Vec::new() };
+        let Some(lane) = self.ids.get(name).copied().and_then(|id| self.lane(id)) else { return Vec::new() };
         let leases: Vec<Lease> = lane.queue.drain(..).map(|queued| queued.lease).collect();
         self.queued -= leases.len();
         leases

@@ -18,14 +18,16 @@ mod routing;
 mod service;
 mod settle;
 
-use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
+use foldhash::HashMap;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
@@ -239,6 +241,7 @@ struct Shared {
     /// Who waits for an event to be finished.
     waiters: Waiters,
     operations: Operations,
+    jitter: settle::Jitter,
     accepting: AtomicBool,
     totals: Totals,
 }
@@ -273,7 +276,7 @@ impl Operations {
 #[derive(Default)]
 struct Waiters {
     count: AtomicUsize,
-    by_id: Mutex<HashMap<EventId, Vec<Arc<Notify>>>>,
+    by_id: Mutex<HashMap<EventId, SmallVec<[Arc<Notify>; 1]>>>,
 }
 
 impl Waiters {
@@ -312,10 +315,35 @@ struct Waiting<'a> {
     notify: Arc<Notify>,
 }
 
+impl Waiting<'_> {
+    /// Lets other tasks have a turn: many a handler is done after it, and no timer needs to be armed.
+    async fn briefly(&self) -> bool {
+        let mut notified = std::pin::pin!(self.notify.notified());
+        let mut polls = 0;
+        std::future::poll_fn(|context| {
+            polls += 1;
+            match notified.as_mut().poll(context) {
+                Poll::Ready(()) => Poll::Ready(true),
+                Poll::Pending if polls > 1 => Poll::Ready(false),
+                Poll::Pending => {
+                    context.waker().wake_by_ref();
+                    Poll::Pending
+                }
+            }
+        })
+        .await
+    }
+}
+
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.waiters.forget(&self.id, &self.notify);
     }
+}
+
+/// Polls a future once, in the place of the caller. What is pending goes on when it is awaited.
+async fn poll_once<F: Future>(mut future: std::pin::Pin<&mut F>) -> Poll<F::Output> {
+    std::future::poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await
 }
 
 impl Broker {
@@ -334,6 +362,7 @@ impl Broker {
             capabilities: provider.capabilities(),
             instance_id: options.instance_id.as_str().into(),
             lanes: lanes::Lanes::new(options.worker_count.get(), options.buffer_size.get(), metrics.clone()),
+            jitter: settle::Jitter::new(options.seed),
             provider,
             options,
             metrics,
@@ -381,7 +410,7 @@ impl Broker {
     /// store answers. After an error nothing is stored that would ever run, except that a [`Error::Store`] leaves open
     /// whether the store wrote it: publishing the same id again is safe.
     pub async fn publish_async(&self, event: Event) -> Result<Published> {
-        self.shared.publish_one(event).await
+        self.shared.publish_one(event, Instant::now()).await
     }
 
     /// Stores the events, all or none, in this order.
@@ -399,21 +428,22 @@ impl Broker {
     /// # Errors
     /// As [`publish_async`](Self::publish_async).
     pub async fn publish_sync(&self, event: Event, deadline: Duration) -> Result<Answer> {
-        let until = Instant::now() + deadline;
+        let began = Instant::now();
         let waiters = &self.shared.waiters;
         let waiting = Waiting { waiters, id: event.id.clone(), notify: waiters.register(&event.id) };
-        let published = self.shared.publish_one(event).await?;
-        let mut terminal = published.status.is_terminal();
+        let published = self.shared.publish_one(event, began).await?;
+        let mut finished = published.status.is_terminal() || waiting.briefly().await;
         loop {
-            // Whoever finishes the event in another process does not notify here: hence the slow poll.
-            let patience = until.min(Instant::now() + self.shared.options.poll);
-            if !terminal {
-                let _ = tokio::time::timeout_at(patience, waiting.notify.notified()).await;
+            let left = deadline.saturating_sub(began.elapsed());
+            if !finished {
+                // Whoever finishes the event in another process does not notify here: hence the slow poll.
+                let patience = left.min(self.shared.options.poll);
+                let _ = tokio::time::timeout(patience, waiting.notify.notified()).await;
             }
             let detail = self.event(waiting.id.as_str()).await?;
-            terminal = detail.record.status.is_terminal();
-            if terminal || Instant::now() >= until {
-                return Ok(Answer { detail, duplicate: published.duplicate, finished: terminal });
+            finished = detail.record.status.is_terminal();
+            if finished || left.is_zero() {
+                return Ok(Answer { detail, duplicate: published.duplicate, finished });
             }
         }
     }

@@ -38,25 +38,30 @@ struct Told {
 }
 
 impl Shared {
-    pub(super) async fn publish_one(&self, event: Event) -> Result<Published> {
-        let event = self.checked(event)?;
-        let _gate = self.router.hold().await;
-        let (told, append) = self.routed(event)?;
-        let appended = self.append(vec![append]).await?;
+    pub(super) async fn publish_one(&self, mut event: Event, began: Instant) -> Result<Published> {
+        self.check(&mut event)?;
+        let (told, appended) = {
+            let _gate = self.router.hold().await;
+            let (told, append) = self.routed(event)?;
+            (told, self.append(vec![append], began).await?)
+        };
         let appended = appended.first().ok_or(Error::Stopped("store"))?;
         Ok(self.acknowledged(told, appended))
     }
 
-    pub(super) async fn publish_all(&self, events: Vec<Event>) -> Result<Vec<Published>> {
+    pub(super) async fn publish_all(&self, mut events: Vec<Event>) -> Result<Vec<Published>> {
         if events.is_empty() {
             return Ok(Vec::new());
         }
-        let check = |(index, event)| self.checked(event).map_err(|error| at_index(error, index));
-        let events = events.into_iter().enumerate().map(check).collect::<Result<Vec<_>>>()?;
-        let _gate = self.router.hold().await;
-        let routed = events.into_iter().map(|event| self.routed(event)).collect::<Result<Vec<_>>>()?;
-        let (told, batch): (Vec<Told>, Vec<Append>) = routed.into_iter().unzip();
-        let appended = self.append(batch).await?;
+        for (index, event) in events.iter_mut().enumerate() {
+            self.check(event).map_err(|error| at_index(error, index))?;
+        }
+        let (told, appended) = {
+            let _gate = self.router.hold().await;
+            let routed = events.into_iter().map(|event| self.routed(event)).collect::<Result<Vec<_>>>()?;
+            let (told, batch): (Vec<Told>, Vec<Append>) = routed.into_iter().unzip();
+            (told, self.append(batch, Instant::now()).await?)
+        };
         Ok(told.into_iter().zip(&appended).map(|(told, appended)| self.acknowledged(told, appended)).collect())
     }
 
@@ -68,7 +73,7 @@ impl Shared {
         Ok((told, Append { event, subscriptions }))
     }
 
-    /// Counts an event that the store has taken, and lets the dispatcher know.
+    /// Counts an event that the store has taken, and has its deliveries claimed.
     fn acknowledged(&self, told: Told, appended: &Appended) -> Published {
         let &Appended { seq, duplicate, status } = appended;
         if !duplicate {
@@ -78,20 +83,19 @@ impl Shared {
             if told.subscriptions.is_empty() {
                 metrics.processed(status);
             }
-            self.hints.about(told.subscriptions.iter());
+            self.offer(told.subscriptions.iter());
         }
         Published { id: told.id, seq, status, duplicate }
     }
 
-    fn checked(&self, mut event: Event) -> Result<Event> {
+    fn check(&self, event: &mut Event) -> Result<()> {
         if !self.accepting.load(Ordering::SeqCst) {
             return Err(Error::Stopped("broker"));
         }
         if event.instance_id.is_empty() {
             event.instance_id = Arc::clone(&self.instance_id);
         }
-        event.validate(self.options.max_payload)?;
-        Ok(event)
+        event.validate(self.options.max_payload)
     }
 
     /// Counts an event that a handler published.
@@ -100,9 +104,10 @@ impl Shared {
         self.metrics.of_type(source, event_type).published.inc();
     }
 
-    async fn append(&self, batch: Vec<Append>) -> Result<Vec<Appended>> {
+    /// Appends what was begun at `began`.
+    async fn append(&self, batch: Vec<Append>, began: Instant) -> Result<Vec<Appended>> {
         if !self.capabilities.grouping {
-            return self.append_now(batch).await.inspect_err(|error| self.count_refusal(error));
+            return self.append_now(batch, began).await.inspect_err(|error| self.count_refusal(error));
         }
         let (answer, answered) = oneshot::channel();
         self.totals.waiting_publishes.fetch_add(1, Ordering::Relaxed);
@@ -115,10 +120,10 @@ impl Shared {
         result.inspect_err(|error| self.count_refusal(error))
     }
 
-    async fn append_now(&self, batch: Vec<Append>) -> Result<Vec<Appended>> {
-        let (started, count) = (Instant::now(), batch.len());
+    async fn append_now(&self, batch: Vec<Append>, began: Instant) -> Result<Vec<Appended>> {
+        let count = batch.len();
         let appended = self.provider.append(batch).await?;
-        self.operations.append.observe(started.elapsed(), count);
+        self.operations.append.observe(began.elapsed(), count);
         Ok(appended)
     }
 
@@ -166,7 +171,7 @@ async fn append_group(shared: &Shared, group: impl Iterator<Item = Job>) {
         callers.push((batch.len(), answer));
         together.extend(batch);
     }
-    match shared.append_now(together.clone()).await {
+    match shared.append_now(together.clone(), Instant::now()).await {
         Ok(appended) => {
             let mut appended = appended.into_iter();
             for (count, answer) in callers {
@@ -182,7 +187,7 @@ async fn append_group(shared: &Shared, group: impl Iterator<Item = Job>) {
             let mut together = together.into_iter();
             for (count, answer) in callers {
                 let batch = together.by_ref().take(count).collect();
-                drop(answer.send(shared.append_now(batch).await));
+                drop(answer.send(shared.append_now(batch, Instant::now()).await));
             }
         }
     }

@@ -149,7 +149,10 @@ impl Router {
 
     /// Keeps subscriptions from changing while the guard lives.
     pub(super) async fn hold(&self) -> RwLockReadGuard<'_, ()> {
-        self.gate.read().await
+        match self.gate.try_read() {
+            Ok(guard) => guard,
+            Err(_) => self.gate.read().await,
+        }
     }
 
     /// The names of the subscriptions that match.

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
-use super::{Shared, dispatch, maintenance, publish, settle};
+use super::{Shared, attempt, dispatch, maintenance, publish, settle};
 use crate::error::{Error, Result};
 use crate::provider::Durability;
 
@@ -45,8 +45,11 @@ impl Service {
         let renewing = tokio::spawn(maintenance::renew(Arc::clone(&shared), stopped.clone()));
         let maintaining = tokio::spawn(maintenance::run(Arc::clone(&shared), stopped.clone()));
         let mut workers = JoinSet::new();
+        for _ in 0..shared.options.worker_count.get() {
+            workers.spawn(attempt::work(Arc::clone(&shared)));
+        }
         {
-            let dispatching = dispatch::run(Arc::clone(&shared), stopped, &mut workers);
+            let dispatching = dispatch::run(Arc::clone(&shared), stopped);
             tokio::pin!(dispatching, shutdown);
             tokio::select! {
                 () = &mut dispatching => {}
@@ -71,10 +74,11 @@ impl Service {
 /// Waits for attempts in progress, at most for the grace.
 async fn drain(shared: &Arc<Shared>, workers: &mut JoinSet<()>) {
     let work = async {
-        match shared.capabilities.durability {
-            Durability::Process => dispatch::drain(shared, workers).await,
-            Durability::Os | Durability::Storage => while workers.join_next().await.is_some() {},
+        if shared.capabilities.durability == Durability::Process {
+            dispatch::drain(shared).await;
         }
+        shared.lanes.close();
+        while workers.join_next().await.is_some() {}
     };
     if tokio::time::timeout(shared.options.grace, work).await.is_err() {
         tracing::warn!("attempts in progress took longer than the grace; their deliveries are given back");

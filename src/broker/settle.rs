@@ -1,7 +1,8 @@
-//! The end of attempts: decides what becomes of each delivery, and writes it in groups.
+//! The end of attempts: decides what becomes of each delivery, and writes it.
 //!
-//! One task does all settling. While the store writes one batch the next one gathers, so that a busy broker writes few
-//! and large batches and an idle one does not wait.
+//! Where the store gains from it, one task settles in groups: while the store writes one batch the next one gathers, so
+//! that a busy broker writes few and large batches and an idle one does not wait. Elsewhere each worker settles what it
+//! did.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,6 +22,7 @@ use crate::delivery::{Attempt, EventRecord, Fault, Next, Status, Verdict};
 use crate::error::Result;
 use crate::event::{EventType, Source};
 use crate::handler::{Effects, Outcome, Publish};
+use crate::metrics::TypeMetrics;
 use crate::provider::{Append, Durability, Lease, LeaseKey, Settled, Settlement};
 use crate::retry;
 use crate::subscription;
@@ -106,31 +108,40 @@ impl Held {
 
 /// Settles until `quit` turns true and what had ended by then is settled.
 pub(super) async fn run(shared: Arc<Shared>, mut queue: mpsc::Receiver<Ended>, mut quit: watch::Receiver<bool>) {
-    let seed = shared.options.seed.unwrap_or_else(rand::random);
-    let mut settler = Settler { shared, rng: SmallRng::seed_from_u64(seed) };
     let mut batch = Vec::with_capacity(BATCH);
     loop {
         tokio::select! {
             () = raised(&mut quit), if !queue.is_closed() => queue.close(),
             count = queue.recv_many(&mut batch, BATCH) => match count {
                 0 => return,
-                _ => settler.settle(batch.drain(..)).await,
+                _ => shared.settle_all(batch.drain(..)).await,
             },
         }
     }
 }
 
-struct Settler {
-    shared: Arc<Shared>,
-    rng: SmallRng,
-}
+impl Shared {
+    /// Settles attempts, or hands them over to the task that does. None is left.
+    pub(super) async fn settle(&self, ended: &mut Vec<Ended>) {
+        if !self.capabilities.grouping {
+            return self.settle_all(ended.drain(..)).await;
+        }
+        for one in ended.drain(..) {
+            if self.settlements.send(one).await.is_err() {
+                // The settling task is gone: the lease is given back, or expires.
+                tracing::debug!("an attempt ended after settlement had stopped");
+            }
+        }
+    }
 
-impl Settler {
-    async fn settle(&mut self, batch: impl Iterator<Item = Ended>) {
-        let shared = Arc::clone(&self.shared);
-        let _gate = shared.router.hold().await;
-        let (fates, settlements): (Vec<Fate>, Vec<Settlement>) = batch.map(|ended| self.decide(ended)).unzip();
-        let Some(results) = self.write(&fates, settlements).await else { return };
+    async fn settle_all(&self, batch: impl Iterator<Item = Ended>) {
+        let (fates, results) = {
+            // Held from matching what handlers publish until that is stored.
+            let _gate = self.router.hold().await;
+            let (fates, settlements): (Vec<Fate>, Vec<Settlement>) = batch.map(|ended| self.decide(ended)).unzip();
+            let Some(results) = self.write(&fates, settlements).await else { return };
+            (fates, results)
+        };
         let mut refused = Vec::new();
         for (mut fate, result) in fates.into_iter().zip(results) {
             match result {
@@ -148,7 +159,7 @@ impl Settler {
     }
 
     /// What could not be applied counts as a fault of the host: the attempt is made again.
-    async fn settle_refused(&mut self, refused: Vec<(Fate, Settlement)>) {
+    async fn settle_refused(&self, refused: Vec<(Fate, Settlement)>) {
         if refused.is_empty() {
             return;
         }
@@ -162,7 +173,7 @@ impl Settler {
         }
     }
 
-    fn decide(&mut self, ended: Ended) -> (Fate, Settlement) {
+    fn decide(&self, ended: Ended) -> (Fate, Settlement) {
         let Ended { lease, binding, outcome, started_at, duration } = ended;
         let next = self.next(&lease, &binding, outcome.verdict, outcome.retry_after);
         let exhausted = next == Next::Fail && outcome.verdict != Verdict::Reject && lease.attempt > 1;
@@ -177,7 +188,7 @@ impl Settler {
             verdict: outcome.verdict,
             started_at,
             duration_us: u64::try_from(duration.as_micros()).unwrap_or(u64::MAX),
-            worker: Arc::clone(&self.shared.instance_id),
+            worker: Arc::clone(&self.instance_id),
             error,
             reply: outcome.reply,
             trace: outcome.trace,
@@ -202,19 +213,19 @@ impl Settler {
         (fate, settlement)
     }
 
-    fn next(&mut self, lease: &Lease, binding: &Binding, verdict: Verdict, after: Option<Duration>) -> Next {
+    fn next(&self, lease: &Lease, binding: &Binding, verdict: Verdict, after: Option<Duration>) -> Next {
         binding.policy.next(&retry::Ended {
             verdict,
             attempt: lease.attempt,
             infra_faults: lease.infra_faults + u32::from(verdict.is_infra()),
             age: lease.age,
             after,
-            roll: self.rng.random(),
+            roll: self.jitter.roll(),
         })
     }
 
     /// Adds what a success wants published and written, in the form that the store applies.
-    fn with_effects(&mut self, fate: &mut Fate, mut settlement: Settlement, effects: Effects) -> Settlement {
+    fn with_effects(&self, fate: &mut Fate, mut settlement: Settlement, effects: Effects) -> Settlement {
         let Effects { published, writes } = effects;
         if published.is_empty() && writes.is_empty() {
             return settlement;
@@ -233,15 +244,15 @@ impl Settler {
     fn appends(&self, fate: &Fate, published: Vec<Publish>) -> Result<Vec<Append>> {
         let convert = |(index, publish): (usize, Publish)| {
             let cause = &fate.lease.event;
-            let event = publish.into_event(cause, &fate.binding.name, index, &self.shared.instance_id);
-            event.validate(self.shared.options.max_payload)?;
-            let subscriptions = self.shared.router.matching(&event.event_type)?;
+            let event = publish.into_event(cause, &fate.binding.name, index, &self.instance_id);
+            event.validate(self.options.max_payload)?;
+            let subscriptions = self.router.matching(&event.event_type)?;
             Ok(Append { event, subscriptions })
         };
         published.into_iter().enumerate().map(convert).collect()
     }
 
-    fn refuse_effects(&mut self, fate: &mut Fate, mut settlement: Settlement, reason: &str) -> Settlement {
+    fn refuse_effects(&self, fate: &mut Fate, mut settlement: Settlement, reason: &str) -> Settlement {
         let message = format!("what the handler wrote or published cannot be applied: {reason}");
         (fate.verdict, fate.spare) = (Verdict::HostFault, None);
         fate.published.clear();
@@ -260,15 +271,15 @@ impl Settler {
     /// Writes the batch, patiently. `None` when the store kept failing: the leases expire, and others take over.
     async fn write(&self, fates: &[Fate], settlements: Vec<Settlement>) -> Option<Vec<Settled>> {
         // Memory does not fail for a while: there is nothing to try again, and nothing to keep for it.
-        let tries = if self.shared.capabilities.durability == Durability::Process { 1 } else { TRIES };
+        let tries = if self.capabilities.durability == Durability::Process { 1 } else { TRIES };
         let (mut batch, mut pause) = (settlements, FIRST_PAUSE);
         for left in (0..tries).rev() {
             let this = if left == 0 { std::mem::take(&mut batch) } else { batch.clone() };
             let started = Instant::now();
-            match self.shared.provider.settle(this).await {
+            match self.provider.settle(this).await {
                 Ok(results) => {
-                    self.shared.operations.settle.observe(started.elapsed(), fates.len());
-                    self.shared.leases.forget(fates.iter().map(|fate| fate.lease.key.token));
+                    self.operations.settle.observe(started.elapsed(), fates.len());
+                    self.leases.forget(fates.iter().map(|fate| fate.lease.key.token));
                     return Some(results);
                 }
                 Err(error) => {
@@ -279,31 +290,34 @@ impl Settler {
             }
         }
         tracing::error!(count = fates.len(), "gave up settling attempts; their leases will expire");
-        self.shared.leases.forget(fates.iter().map(|fate| fate.lease.key.token));
+        self.leases.forget(fates.iter().map(|fate| fate.lease.key.token));
         None
     }
 
     async fn done(&self, fate: &Fate, event_open: bool) {
-        self.count(fate);
+        let of_type = self.metrics.of_type(fate.lease.event.source, &fate.lease.event.event_type);
+        self.count(fate, &of_type);
         match fate.next {
-            Next::Retry { after } => self.shared.hints.due(after),
-            _ if fate.binding.ordering == subscription::Ordering::Key => self.shared.hints.about([&fate.binding.name]),
+            Next::Retry { after } => self.hints.due(after),
+            _ if fate.binding.ordering == subscription::Ordering::Key => {
+                self.offer([&fate.binding.name]);
+            }
             _ => {}
         }
         for (source, event_type, subscriptions) in &fate.published {
-            self.shared.count_published(*source, event_type);
-            self.shared.hints.about(subscriptions.iter());
+            self.count_published(*source, event_type);
+            self.offer(subscriptions.iter());
         }
         if !event_open {
-            self.finished(fate).await;
+            self.finished(fate, &of_type).await;
         }
     }
 
-    fn count(&self, fate: &Fate) {
-        let (metrics, totals, event) = (&fate.binding.metrics, &self.shared.totals, &fate.lease.event);
+    fn count(&self, fate: &Fate, of_type: &TypeMetrics) {
+        let (metrics, totals, event) = (&fate.binding.metrics, &self.totals, &fate.lease.event);
         metrics.attempt(fate.verdict);
         totals.processed.fetch_add(1, Ordering::Relaxed);
-        self.shared.metrics.of_type(event.source, &event.event_type).duration.observe(fate.duration.as_secs_f64());
+        of_type.duration.observe(fate.duration.as_secs_f64());
         match fate.next {
             Next::Retry { .. } => {
                 metrics.retries.inc();
@@ -319,24 +333,21 @@ impl Settler {
     }
 
     /// The event has no open delivery any more.
-    async fn finished(&self, fate: &Fate) {
+    async fn finished(&self, fate: &Fate, metrics: &TypeMetrics) {
         let event = &fate.lease.event;
-        let metrics = self.shared.metrics.of_type(event.source, &event.event_type);
         // Only the store knows whether another delivery of the event failed; ask only where there can be another.
         let status = match fate.next {
             Next::Fail => Status::Failed,
-            _ if self.shared.router.matching(&event.event_type).is_ok_and(|names| names.len() <= 1) => {
-                Status::Completed
-            }
-            _ => self.shared.status_of(event.id.as_str()).await.unwrap_or(Status::Completed),
+            _ if self.router.matching(&event.event_type).is_ok_and(|names| names.len() <= 1) => Status::Completed,
+            _ => self.status_of(event.id.as_str()).await.unwrap_or(Status::Completed),
         };
         metrics.processed(status);
-        self.shared.waiters.tell(&event.id);
+        self.waiters.tell(&event.id);
     }
 
     fn stale(&self, fate: &Fate) {
-        self.shared.totals.stale.fetch_add(1, Ordering::Relaxed);
-        self.shared.metrics.stale_settlements().inc();
+        self.totals.stale.fetch_add(1, Ordering::Relaxed);
+        self.metrics.stale_settlements().inc();
         let event = &fate.lease.event.id;
         tracing::info!(%event, subscription = %fate.binding.name, "a settlement came after its lease had gone");
     }
@@ -364,6 +375,19 @@ struct Fate {
 fn death(settlement: &Settlement) -> Option<String> {
     let attempt = settlement.attempt.as_ref().filter(|_| settlement.next == Next::Fail)?;
     attempt.error.as_ref().map(ToString::to_string)
+}
+
+/// Rolls for the jitter of retries.
+pub(super) struct Jitter(Mutex<SmallRng>);
+
+impl Jitter {
+    pub(super) fn new(seed: Option<u64>) -> Self {
+        Self(Mutex::new(SmallRng::seed_from_u64(seed.unwrap_or_else(rand::random))))
+    }
+
+    fn roll(&self) -> f64 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).random()
+    }
 }
 
 impl Shared {

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use foldhash::HashMap;
+use smallvec::SmallVec;
 
 use super::queue::Queue;
 use super::work::{Tally, Work};
@@ -18,7 +19,7 @@ pub(super) struct Slot {
     /// When it was sequenced.
     pub(super) appended: i64,
     /// In ascending order of `Work::subscription`.
-    works: Vec<Work>,
+    works: SmallVec<[Work; 1]>,
     tally: Tally,
     /// How many of `works` were ever begun.
     started: u32,

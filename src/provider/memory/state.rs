@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foldhash::HashMap;
+use rand::rngs::SmallRng;
+use rand::{RngExt as _, SeedableRng as _};
 
 use super::Options;
 use super::documents::Shelf;
@@ -25,6 +27,8 @@ pub(super) struct State {
     pub(super) lines: Lines,
     pub(super) shelf: Shelf,
     pub(super) evictions: u64,
+    /// Where lease tokens come from.
+    tokens: SmallRng,
     max_events: u64,
     /// When to look for old events next.
     next_cleanup: i64,
@@ -90,6 +94,7 @@ impl State {
             lines: Lines::default(),
             shelf: Shelf::default(),
             evictions: 0,
+            tokens: SmallRng::seed_from_u64(rand::random()),
             max_events,
             next_cleanup: 0,
         }
@@ -197,7 +202,7 @@ impl State {
     }
 
     fn take(&mut self, index: usize, want: &Want, request: &ClaimRequest, now: i64, leases: &mut Vec<Lease>) {
-        let Self { log, lines, .. } = self;
+        let Self { log, lines, tokens, .. } = self;
         let Some(line) = lines.get(index) else { return };
         let lease_end = now.saturating_add(as_micros(request.lease));
         let full = leases.len().saturating_add(want.room);
@@ -210,7 +215,7 @@ impl State {
                 continue;
             }
             let (event, appended) = (Arc::clone(&slot.event), slot.appended);
-            let token = rand::random();
+            let token = tokens.random();
             let lease = log.change(seq, index, |_, work| {
                 work.claim(&request.worker, token, now, lease_end);
                 Lease {

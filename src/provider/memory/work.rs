@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use crate::delivery::{Attempt, Delivery, Move, Next, Status, Verdict};
 use crate::event::micros;
 
@@ -27,7 +29,8 @@ pub(super) struct Work {
     pub(super) is_replay: bool,
     pub(super) verdict: Option<Verdict>,
     pub(super) error: Option<Arc<str>>,
-    pub(super) attempts: Vec<Attempt>,
+    /// Most deliveries have one for ever.
+    pub(super) attempts: SmallVec<[Attempt; 1]>,
 }
 
 impl Work {
@@ -50,7 +53,7 @@ impl Work {
             is_replay: false,
             verdict: None,
             error: None,
-            attempts: Vec::new(),
+            attempts: SmallVec::new(),
         }
     }
 
@@ -97,11 +100,7 @@ impl Work {
     fn record(&mut self, attempt: Attempt) {
         self.verdict = Some(attempt.verdict);
         self.error = attempt.error.as_ref().map(|fault| fault.to_string().into());
-        match self.attempts.is_empty() {
-            // Most deliveries have one attempt for ever, and a vector that grows would begin with room for four.
-            true => self.attempts = vec![attempt],
-            false => self.attempts.push(attempt),
-        }
+        self.attempts.push(attempt);
     }
 
     /// Makes a finished delivery wait again, with fresh budgets.
@@ -126,7 +125,7 @@ impl Work {
             started_at: self.started_at.map(micros),
             completed_at: self.completed_at.map(micros),
             replay: self.is_replay,
-            attempts: self.attempts.clone(),
+            attempts: self.attempts.to_vec(),
         }
     }
 }
