@@ -138,7 +138,7 @@ pub enum Verdict {
     Trap,
     /// The attempt took longer than allowed.
     Timeout,
-    /// The attempt used up its instructions.
+    /// The attempt used up its instructions, or its calls of the host.
     OutOfFuel,
     /// The attempt asked for more memory than allowed.
     OutOfMemory,

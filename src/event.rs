@@ -27,6 +27,9 @@ pub const JSON: &str = "application/json";
 /// The longest id, user-given name or other short text of an event, in bytes.
 pub const MAX_TEXT: usize = 255;
 
+/// The largest payload in bytes unless configured: 1 MiB, what the original brokers' transports carry without tuning.
+pub const MAX_PAYLOAD: u64 = 1 << 20;
+
 /// The most segments of a type.
 const MAX_SEGMENTS: usize = 16;
 
@@ -510,13 +513,23 @@ impl Event {
         if let Some(UserId::Text(text)) = &self.user_id {
             short_text("user_id", text)?;
         }
-        within("payload", self.payload.bytes().len(), max_payload)?;
-        if self.metadata.is_empty() {
-            return Ok(());
-        }
-        let metadata = serde_json::to_vec(&self.metadata).unwrap_or_default();
-        within("metadata", metadata.len(), max_payload)
+        body_size(&self.payload, &self.metadata, max_payload).map(drop)
     }
+}
+
+/// How many bytes payload and metadata have together.
+///
+/// # Errors
+/// [`Error::TooLarge`] for either of them over `max_payload` bytes.
+pub fn body_size(payload: &Payload, metadata: &Metadata, max_payload: u64) -> Result<usize> {
+    let payload = payload.bytes().len();
+    within("payload", payload, max_payload)?;
+    if metadata.is_empty() {
+        return Ok(payload);
+    }
+    let metadata = serde_json::to_vec(metadata).unwrap_or_default().len();
+    within("metadata", metadata, max_payload)?;
+    Ok(payload.saturating_add(metadata))
 }
 
 fn within(field: &'static str, size: usize, limit: u64) -> Result<()> {

@@ -31,7 +31,7 @@ use tokio::time::Instant;
 
 use crate::delivery::{EventDetail, Status};
 use crate::error::{Error, Result};
-use crate::event::{Event, EventId, Seq};
+use crate::event::{Event, EventId, MAX_PAYLOAD, Seq};
 use crate::handler::Handler;
 use crate::metrics::{Metrics, OperationMetrics};
 use crate::provider::{Amendment, Provider};
@@ -99,9 +99,6 @@ pub struct Options {
     #[serde(skip)]
     pub seed: Option<u64>,
 }
-
-/// 1 MiB: what the original brokers' transports carry without tuning.
-pub const MAX_PAYLOAD: u64 = 1 << 20;
 
 const WORKERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(9);
 const BUFFER: NonZeroUsize = NonZeroUsize::MIN.saturating_add(999);

@@ -105,7 +105,7 @@ impl Default for Config {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_payload: ByteSize::b(broker::MAX_PAYLOAD), metric_types: metrics::DEFAULT_TYPES }
+        Self { max_payload: ByteSize::b(broker::Options::default().max_payload), metric_types: metrics::DEFAULT_TYPES }
     }
 }
 
@@ -192,6 +192,7 @@ impl Config {
         config.broker.max_payload = config.limits.max_payload.as_u64();
         config.sqlite.url.clone_from(&config.provider);
         config.host.plugins.clone_from(&config.plugins);
+        config.host.max_payload = config.limits.max_payload.as_u64();
         config.validate()?;
         Ok(config)
     }
@@ -199,6 +200,7 @@ impl Config {
     fn validate(&self) -> Result<()> {
         self.broker.validate().map_err(|error| within("broker", error))?;
         self.http.validate(self.listen)?;
+        self.host.validate()?;
         ProviderUrl::parse(&self.provider)?;
         if self.http.max_body.as_u64() < self.limits.max_payload.as_u64().saturating_mul(2) {
             let reason = "must be at least twice limits.max_payload: base64 and the event around it need room";

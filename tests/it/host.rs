@@ -38,7 +38,7 @@ const FAULTS: &str = r#"
 const GRANTS: &str = r#"
     grants = { kv = ["faults"], events = ["faulty.**"], config = ["greeting", "other"] }
     config = { greeting = "hello" }
-    limits = { fuel = 1000000000000 }
+    limits = { fuel = 1000000000000, host_calls = 1000000000000 }
 "#;
 
 /// The misbehaving guest with this much added to its manifest.
@@ -332,13 +332,80 @@ async fn what_is_not_granted_is_denied() {
     assert!(outcome.fault.unwrap().message.contains("greeting"));
 }
 
+/// What a guest reaches of its limits, and what one step more is answered with. Beyond them nothing is left of the
+/// attempt; up to them all of it is.
 #[tokio::test]
-async fn an_attempt_publishes_no_more_than_its_limit() {
+async fn every_limit_is_held_against_a_guest_that_passes_it() {
+    let repeat = |times: usize, step: Value| json!({"fault": "repeat", "times": times, "step": step});
+    let set = || json!({"fault": "kv-set", "key": "k", "value": "v".repeat(511)});
+    let get = || json!({"fault": "kv-get", "key": "half"});
+    let log = |lines: usize| json!({"fault": "log", "lines": lines});
+    let publish = |count: usize, bytes: usize| json!({"fault": "publish", "count": count, "bytes": bytes});
+    let rows = [
+        ("published_events = 3", publish(3, 0), publish(4, 0), Verdict::Reject, "too-many", "limits.published_events"),
+        ("published_events = 0", json!({"fault": "none"}), publish(1, 0), Verdict::Reject, "too-many", "publish 0"),
+        (
+            "published_bytes = \"1KiB\"",
+            publish(2, 480),
+            publish(3, 480),
+            Verdict::Reject,
+            "too-large",
+            "published_bytes",
+        ),
+        ("kv_operations = 3", repeat(3, get()), repeat(4, get()), Verdict::Reject, "too-many", "limits.kv_operations"),
+        ("kv_operations = 3", repeat(3, set()), repeat(4, set()), Verdict::Reject, "too-many", "limits.kv_operations"),
+        ("kv_bytes = \"1KiB\"", repeat(2, set()), repeat(3, set()), Verdict::Reject, "too-large", "limits.kv_bytes"),
+        ("kv_bytes = \"1KiB\"", repeat(2, get()), repeat(3, get()), Verdict::Reject, "too-large", "limits.kv_bytes"),
+        (
+            "host_calls = 50",
+            log(50),
+            log(51),
+            Verdict::OutOfFuel,
+            "too-many-host-calls",
+            "50 times (limits.host_calls)",
+        ),
+        (
+            "reply = \"1KiB\"",
+            json!({"fault": "reply", "bytes": 1024}),
+            json!({"fault": "reply", "bytes": 1025}),
+            Verdict::Reject,
+            "reply-too-large",
+            "limit of 1024",
+        ),
+    ];
+    let half: HashMap<String, Bytes> = [("half".to_owned(), Bytes::from(vec![b'h'; 512]))].into();
+    for (limit, within, beyond, verdict, expected, words) in rows {
+        let host = host();
+        let handler = loaded(&host, &format!("[limits]\n{limit}\n")).await;
+        let with = |payload: &Value| Call { kv: Arc::new(Values(half.clone())), ..call(payload) };
+        let outcome = handler.handle(with(&within)).await;
+        assert_eq!(outcome.verdict, Verdict::Ok, "{limit} {within}: {outcome:?}");
+        let outcome = handler.handle(with(&beyond)).await;
+        assert_eq!((outcome.verdict, code(&outcome)), (verdict, expected), "{limit} {beyond}: {outcome:?}");
+        assert!(outcome.fault.as_ref().unwrap().message.contains(words), "{outcome:?}");
+        assert!(outcome.effects.writes.is_empty() && outcome.effects.published.is_empty(), "{outcome:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_event_larger_than_the_server_takes_is_refused_where_it_is_published() {
+    let mut options = Options { max_payload: 1024, ..Options::default() };
+    options.plugins.insert("faults".to_owned(), toml::from_str(GRANTS).unwrap());
+    let handler = loaded(&Host::new(options, None).unwrap(), "").await;
+    let outcome = attempt(&handler, json!({"fault": "publish", "count": 1, "bytes": 1024})).await;
+    assert_eq!((outcome.verdict, code(&outcome)), (Verdict::Reject, "too-large"), "{outcome:?}");
+    let fault = outcome.fault.unwrap();
+    assert!(fault.message.contains("payload") && fault.message.contains("1024"), "{fault:?}");
+}
+
+/// A guest that does nothing but call the host uses next to no fuel, and would keep the host busy until its time is up.
+#[tokio::test]
+async fn a_guest_that_only_calls_the_host_is_ended_by_its_calls() {
     let host = host();
-    let handler = loaded(&host, "[limits]\npublished_events = 3\n").await;
-    assert_eq!(attempt(&handler, json!({"fault": "publish", "count": 3})).await.effects.published.len(), 3);
-    let outcome = attempt(&handler, json!({"fault": "publish", "count": 4})).await;
-    assert_eq!((outcome.verdict, code(&outcome)), (Verdict::Reject, "too-many"));
+    let handler = loaded(&host, "[limits]\nhost_calls = 1000\n").await;
+    let outcome = attempt(&handler, json!({"fault": "loop-in-host"})).await;
+    assert_eq!((outcome.verdict, code(&outcome)), (Verdict::OutOfFuel, "too-many-host-calls"), "{outcome:?}");
+    assert!(outcome.trace.backtrace.iter().any(|frame| frame.contains("::perform")), "{outcome:?}");
 }
 
 #[tokio::test]
