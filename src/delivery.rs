@@ -142,7 +142,7 @@ pub enum Verdict {
     OutOfFuel,
     /// The attempt asked for more memory than allowed.
     OutOfMemory,
-    /// The handler did what it was not granted.
+    /// The handler did what it was not granted, or made too long a chain of events.
     Denied,
     /// The host could not run the handler, or could not apply what it wrote.
     HostFault,

@@ -461,6 +461,9 @@ pub struct Event {
     pub trace_parent: Option<Arc<str>>,
     /// The event whose handler published this one.
     pub caused_by: Option<EventId>,
+    /// How many handlers stand between this event and one that no handler published: 0 for that one itself. Kept by
+    /// stores, and no part of an event's JSON: nobody outside can set it.
+    pub depth: u32,
 }
 
 impl Event {
@@ -485,6 +488,7 @@ impl Event {
             metadata: Metadata::new(),
             trace_parent: None,
             caused_by: None,
+            depth: 0,
         }
     }
 

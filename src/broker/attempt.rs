@@ -12,6 +12,7 @@ use futures_util::FutureExt as _;
 use tokio::time::Instant;
 
 use super::Shared;
+use super::chain;
 use super::lanes::{Binding, Job};
 use super::settle::Ended;
 use crate::delivery::{Fault, Verdict};
@@ -52,7 +53,7 @@ async fn attempt(shared: &Arc<Shared>, Job { binding, queued }: Job) -> Ended {
         kv: Arc::clone(shared) as Arc<dyn KvRead>,
     };
     let (started_at, began) = (now(), Instant::now());
-    let outcome = caught(&binding, call).await;
+    let outcome = chain::bounded(shared, &lease.event, caught(&binding, call).await).await;
     Ended { lease, binding, outcome, started_at, duration: began.elapsed() }
 }
 
