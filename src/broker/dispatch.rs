@@ -4,6 +4,7 @@
 //! time, or at the latest the poll. Hints carry no promise; the truth is always read from the store.
 
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,7 +16,8 @@ use tokio::time::{Instant, Sleep};
 use super::Shared;
 use super::attempt;
 use super::service::raised;
-use crate::provider::{ClaimRequest, Claimed, Want};
+use crate::delivery::{Next, Verdict};
+use crate::provider::{ClaimRequest, Claimed, Lost, Want};
 
 /// Ticks of a shared store come with every write of every process: look at all lanes at most this often for them.
 const TICK_DEBOUNCE: Duration = Duration::from_millis(5);
@@ -156,6 +158,7 @@ impl Dispatcher {
                 let claimed_at = Instant::now();
                 self.shared.operations.claim.observe(claimed_at - now, claimed.leases.len());
                 self.note_due(claimed.next_due, claimed_at);
+                claimed.lost.iter().for_each(|lost| self.count_lost(lost));
                 self.start(&wants, claimed, claimed_at, workers).await;
                 if self.shared.lanes.has_hints() { Duration::ZERO } else { self.idle_for(claimed_at) }
             }
@@ -180,6 +183,20 @@ impl Dispatcher {
         }
         if let Err(error) = self.shared.release(homeless).await {
             tracing::warn!(error = %error, "cannot give leases back; they expire by themselves");
+        }
+    }
+
+    /// Nobody settles an attempt that was lost: it is counted by who found out. Which version of a plugin it ran on is
+    /// known to the worker that is gone, so it counts for the subscription only.
+    fn count_lost(&self, lost: &Lost) {
+        let Some(binding) = self.shared.lanes.binding(&lost.key.subscription) else { return };
+        binding.metrics.attempt(Verdict::Lost);
+        if lost.next == Next::Fail {
+            self.shared.totals.failed.fetch_add(1, Ordering::Relaxed);
+            binding.metrics.dead_letters.inc();
+            tracing::warn!(seq = lost.key.seq, subscription = %binding.name, "a delivery was lost too often and became a dead letter");
+        } else {
+            binding.metrics.retries.inc();
         }
     }
 

@@ -322,6 +322,11 @@ impl Lanes {
         (state.start_workers(self.max_workers), homeless)
     }
 
+    /// What attempts for this subscription are made with.
+    pub(super) fn binding(&self, name: &str) -> Option<Arc<Binding>> {
+        self.lock().lanes.get(name).map(|lane| Arc::clone(&lane.binding))
+    }
+
     /// Gives a failed claim's lanes their hints back.
     pub(super) fn refund(&self, wants: &[Want]) {
         self.hint(wants.iter().map(|want| &want.subscription));
