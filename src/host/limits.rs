@@ -121,6 +121,9 @@ pub(super) fn bytes(size: ByteSize) -> usize {
     usize::try_from(size.as_u64()).unwrap_or(usize::MAX)
 }
 
+/// The most elements of one table: the pool has room of one size for all plugins' tables.
+pub(super) const MAX_TABLE: usize = 20_000;
+
 /// What an element of a table takes.
 const TABLE_ELEMENT: usize = size_of::<usize>();
 
@@ -183,7 +186,9 @@ impl ResourceLimiter for Meter {
     }
 
     fn table_growing(&mut self, current: usize, desired: usize, maximum: Option<usize>) -> wasmtime::Result<bool> {
-        if maximum.is_some_and(|maximum| desired > maximum) {
+        if let Some(maximum) = maximum.filter(|&maximum| desired > maximum) {
+            // The lower of the table's own maximum and the pool's; the latter is a limit like that on memory.
+            self.refused |= maximum >= MAX_TABLE;
             return Ok(false);
         }
         let more = desired.saturating_sub(current).saturating_mul(TABLE_ELEMENT);
@@ -194,9 +199,7 @@ impl ResourceLimiter for Meter {
         Ok(permitted)
     }
 
-    /// The pool has tables of one size for all plugins: who wants more asked for more than it may have.
     fn table_grow_failed(&mut self, _: wasmtime::Error) -> wasmtime::Result<()> {
-        self.refused = true;
         self.tables = self.tables.saturating_sub(self.last);
         self.last = 0;
         Ok(())
@@ -236,6 +239,8 @@ mod tests {
         assert!(!meter.memory_growing(0, 2 * PAGE, Some(PAGE)).unwrap());
         assert!(!meter.table_growing(0, 2, Some(1)).unwrap());
         assert!(!meter.has_refused());
+        assert!(!meter.table_growing(0, MAX_TABLE + 1, Some(MAX_TABLE)).unwrap());
+        assert!(meter.has_refused(), "but not at the pool's");
     }
 
     #[test]

@@ -218,7 +218,8 @@ async fn a_guest_that_waits_for_the_host_is_ended_by_the_timer() {
     let payload = json!({"fault": "kv-get", "key": "k"});
     let waiting = Call { kv: Arc::new(Gate::default()), timeout: Duration::from_millis(20), ..call(&payload) };
     let outcome = handler.handle(waiting).await;
-    assert_eq!(outcome.verdict, Verdict::Timeout, "{outcome:?}");
+    assert_eq!((outcome.verdict, code(&outcome)), (Verdict::Timeout, "timeout"), "{outcome:?}");
+    assert!(outcome.trace.digest.is_some() && outcome.trace.fuel.is_some_and(|fuel| fuel > 0), "{outcome:?}");
 }
 
 /// Invariant 6: a memory hog ends that attempt only.
