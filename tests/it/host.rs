@@ -333,58 +333,64 @@ async fn what_is_not_granted_is_denied() {
     assert!(outcome.fault.unwrap().message.contains("greeting"));
 }
 
+const TIGHT: &str = r#"
+    [limits]
+    published_events = 3
+    published_bytes = "1KiB"
+    kv_operations = 3
+    kv_bytes = "1KiB"
+    host_calls = 50
+    reply = "1KiB"
+"#;
+
 /// What a guest reaches of its limits, and what one step more is answered with. Beyond them nothing is left of the
-/// attempt; up to them all of it is.
+/// attempt.
 #[tokio::test]
 async fn every_limit_is_held_against_a_guest_that_passes_it() {
     let repeat = |times: usize, step: Value| json!({"fault": "repeat", "times": times, "step": step});
-    let set = || json!({"fault": "kv-set", "key": "k", "value": "v".repeat(511)});
-    let get = || json!({"fault": "kv-get", "key": "half"});
-    let log = |lines: usize| json!({"fault": "log", "lines": lines});
+    let get = |key: &str| json!({"fault": "kv-get", "key": key});
+    let set = |bytes: usize| json!({"fault": "kv-set", "key": "k", "value": "v".repeat(bytes)});
+    let increment = || json!({"fault": "kv-increment", "key": "n", "by": 1});
     let publish = |count: usize, bytes: usize| json!({"fault": "publish", "count": count, "bytes": bytes});
+    let reply = |bytes: usize| json!({"fault": "reply", "bytes": bytes});
+    let log = |lines: usize| json!({"fault": "log", "lines": lines});
     let rows = [
-        ("published_events = 3", publish(3, 0), publish(4, 0), Verdict::Reject, "too-many", "limits.published_events"),
-        ("published_events = 0", json!({"fault": "none"}), publish(1, 0), Verdict::Reject, "too-many", "publish 0"),
-        (
-            "published_bytes = \"1KiB\"",
-            publish(2, 480),
-            publish(3, 480),
-            Verdict::Reject,
-            "too-large",
-            "published_bytes",
-        ),
-        ("kv_operations = 3", repeat(3, get()), repeat(4, get()), Verdict::Reject, "too-many", "limits.kv_operations"),
-        ("kv_operations = 3", repeat(3, set()), repeat(4, set()), Verdict::Reject, "too-many", "limits.kv_operations"),
-        ("kv_bytes = \"1KiB\"", repeat(2, set()), repeat(3, set()), Verdict::Reject, "too-large", "limits.kv_bytes"),
-        ("kv_bytes = \"1KiB\"", repeat(2, get()), repeat(3, get()), Verdict::Reject, "too-large", "limits.kv_bytes"),
-        (
-            "host_calls = 50",
-            log(50),
-            log(51),
-            Verdict::OutOfFuel,
-            "too-many-host-calls",
-            "50 times (limits.host_calls)",
-        ),
-        (
-            "reply = \"1KiB\"",
-            json!({"fault": "reply", "bytes": 1024}),
-            json!({"fault": "reply", "bytes": 1025}),
-            Verdict::Reject,
-            "reply-too-large",
-            "limit of 1024",
-        ),
+        (publish(3, 0), publish(4, 0), Verdict::Reject, "too-many", "3 events (limits.published_events)"),
+        (publish(2, 480), publish(3, 480), Verdict::Reject, "too-large", "1.0 KiB of events (limits.published_bytes)"),
+        (repeat(3, get("none")), repeat(4, get("none")), Verdict::Reject, "too-many", "3 times (limits.kv_operations)"),
+        (repeat(3, set(1)), repeat(4, set(1)), Verdict::Reject, "too-many", "limits.kv_operations"),
+        (repeat(3, increment()), repeat(4, increment()), Verdict::Reject, "too-many", "limits.kv_operations"),
+        (repeat(2, set(511)), repeat(3, set(511)), Verdict::Reject, "too-large", "(limits.kv_bytes)"),
+        (repeat(2, get("half")), repeat(3, get("half")), Verdict::Reject, "too-large", "(limits.kv_bytes)"),
+        (reply(1024), reply(1025), Verdict::Reject, "reply-too-large", "limit of 1024"),
+        (log(50), log(51), Verdict::OutOfFuel, "too-many-host-calls", "50 times (limits.host_calls)"),
     ];
     let half: HashMap<String, Bytes> = [("half".to_owned(), Bytes::from(vec![b'h'; 512]))].into();
-    for (limit, within, beyond, verdict, expected, words) in rows {
-        let host = host();
-        let handler = loaded(&host, &format!("[limits]\n{limit}\n")).await;
+    let host = host();
+    let handler = loaded(&host, TIGHT).await;
+    for (within, beyond, verdict, expected, words) in rows {
         let with = |payload: &Value| Call { kv: Arc::new(Values(half.clone())), ..call(payload) };
         let outcome = handler.handle(with(&within)).await;
-        assert_eq!(outcome.verdict, Verdict::Ok, "{limit} {within}: {outcome:?}");
+        assert_eq!(outcome.verdict, Verdict::Ok, "{within}: {outcome:?}");
         let outcome = handler.handle(with(&beyond)).await;
-        assert_eq!((outcome.verdict, code(&outcome)), (verdict, expected), "{limit} {beyond}: {outcome:?}");
+        assert_eq!((outcome.verdict, code(&outcome)), (verdict, expected), "{beyond}: {outcome:?}");
         assert!(outcome.fault.as_ref().unwrap().message.contains(words), "{outcome:?}");
         assert!(outcome.effects.writes.is_empty() && outcome.effects.published.is_empty(), "{outcome:?}");
+    }
+}
+
+/// The operator's limits are wider here than the server's defaults, and a manifest's own are not obeyed beyond them.
+#[tokio::test]
+async fn the_stricter_of_operator_and_manifest_counts() {
+    let mut options = Options::default();
+    let own = GRANTS.replace("limits = {", "limits = { kv_operations = 2, published_events = 200,");
+    options.plugins.insert("faults".to_owned(), toml::from_str(&own).unwrap());
+    let host = Host::new(options, None).unwrap();
+    let handler = loaded(&host, "[limits]\nkv_operations = 5\npublished_events = 150\n").await;
+    let publish = |count: usize| json!({"fault": "publish", "count": count});
+    let get = |times: usize| json!({"fault": "repeat", "times": times, "step": {"fault": "kv-get", "key": "k"}});
+    for (payload, expected) in [(publish(150), ""), (publish(151), "too-many"), (get(2), ""), (get(3), "too-many")] {
+        assert_eq!(code(&attempt(&handler, payload.clone()).await), expected, "{payload}");
     }
 }
 

@@ -272,6 +272,22 @@ async fn lost(rig: &Rig) -> Verdict {
     Verdict::Lost
 }
 
+#[tokio::test]
+async fn a_guest_is_called_again_when_it_asks_and_as_late_as_it_asks() {
+    let rig = Rig::start(16).await;
+    rig.bind("again", "again.*", "faults").await;
+    let detail = rig.handled(event("again.once", &json!({"fault": "fail", "times": 1}))).await;
+    let verdicts: Vec<_> = detail.deliveries[0].attempts.iter().map(|attempt| attempt.verdict).collect();
+    assert_eq!((detail.record.status, verdicts), (Status::Completed, vec![Verdict::Retry, Verdict::Ok]));
+    assert_eq!(detail.record.retry_count, 1);
+
+    let detail = rig.handled(event("again.late", &json!({"fault": "retry", "after_ms": 60}))).await;
+    let [first, second] = &detail.deliveries[0].attempts[..] else { panic!("{detail:?}") };
+    let pause = second.started_at.duration_since(first.started_at);
+    assert!(pause.as_millis() >= 60, "the policy's delay is 5 ms: {pause}");
+    assert_eq!(detail.record.status, Status::Failed);
+}
+
 /// A plugin that subscribes to what it publishes.
 #[tokio::test]
 async fn a_guest_that_calls_itself_by_publishing_comes_to_an_end() {
