@@ -138,11 +138,11 @@ pub enum Verdict {
     Trap,
     /// The attempt took longer than allowed.
     Timeout,
-    /// The attempt used up its instructions.
+    /// The attempt used up its instructions, or its calls of the host.
     OutOfFuel,
     /// The attempt asked for more memory than allowed.
     OutOfMemory,
-    /// The handler did what it was not granted.
+    /// The handler did what it was not granted, or made too long a chain of events.
     Denied,
     /// The host could not run the handler, or could not apply what it wrote.
     HostFault,

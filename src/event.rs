@@ -27,6 +27,9 @@ pub const JSON: &str = "application/json";
 /// The longest id, user-given name or other short text of an event, in bytes.
 pub const MAX_TEXT: usize = 255;
 
+/// The largest payload in bytes unless configured: 1 MiB, what the original brokers' transports carry without tuning.
+pub const MAX_PAYLOAD: u64 = 1 << 20;
+
 /// The most segments of a type.
 const MAX_SEGMENTS: usize = 16;
 
@@ -462,6 +465,9 @@ pub struct Event {
     pub trace_parent: Option<Arc<str>>,
     /// The event whose handler published this one.
     pub caused_by: Option<EventId>,
+    /// How many handlers stand between this event and one that no handler published: 0 for that one itself. Kept by
+    /// stores, and no part of an event's JSON: nobody outside can set it.
+    pub depth: u32,
 }
 
 impl Event {
@@ -486,6 +492,7 @@ impl Event {
             metadata: Metadata::new(),
             trace_parent: None,
             caused_by: None,
+            depth: 0,
         }
     }
 
@@ -514,13 +521,23 @@ impl Event {
         if let Some(UserId::Text(text)) = &self.user_id {
             short_text("user_id", text)?;
         }
-        within("payload", self.payload.bytes().len(), max_payload)?;
-        if self.metadata.is_empty() {
-            return Ok(());
-        }
-        let metadata = serde_json::to_vec(&self.metadata).unwrap_or_default();
-        within("metadata", metadata.len(), max_payload)
+        body_size(&self.payload, &self.metadata, max_payload).map(drop)
     }
+}
+
+/// How many bytes payload and metadata have together.
+///
+/// # Errors
+/// [`Error::TooLarge`] for either of them over `max_payload` bytes.
+pub fn body_size(payload: &Payload, metadata: &Metadata, max_payload: u64) -> Result<usize> {
+    let payload = payload.bytes().len();
+    within("payload", payload, max_payload)?;
+    if metadata.is_empty() {
+        return Ok(payload);
+    }
+    let metadata = serde_json::to_vec(metadata).unwrap_or_default().len();
+    within("metadata", metadata, max_payload)?;
+    Ok(payload.saturating_add(metadata))
 }
 
 fn within(field: &'static str, size: usize, limit: u64) -> Result<()> {

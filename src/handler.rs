@@ -126,7 +126,7 @@ pub struct Publish {
 }
 
 impl Publish {
-    /// The event of `cause`'s handler: source `internal`, `caused_by` and the trace set.
+    /// The event of `cause`'s handler: source `internal`, `caused_by`, the depth and the trace set.
     #[must_use]
     pub fn into_event(self, cause: &Event, subscription: &str, index: usize, instance_id: &Arc<str>) -> Event {
         let mut event = Event::new(Source::Internal, self.event_type, self.payload);
@@ -138,6 +138,7 @@ impl Publish {
         event.session_id.clone_from(&cause.session_id);
         event.trace_parent.clone_from(&cause.trace_parent);
         event.caused_by = Some(cause.id.clone());
+        event.depth = cause.depth.saturating_add(1);
         event
     }
 }

@@ -13,6 +13,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 
+use super::chain;
 use super::lanes::{Binding, Job, Turn};
 use super::settle::Ended;
 use super::{Shared, poll_once};
@@ -75,6 +76,8 @@ async fn attempt(shared: &Arc<Shared>, Job { binding, lease, began }: Job, ended
             }
         }
     };
+    let publishes = !outcome.effects.published.is_empty();
+    let outcome = if publishes { chain::bounded(shared, &lease.event, outcome).await } else { outcome };
     ended.push(Ended { lease, binding, outcome, started_at, duration: began.elapsed() });
 }
 

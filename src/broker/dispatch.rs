@@ -4,6 +4,7 @@
 //! time, or at the latest the poll. Hints carry no promise; the truth is always read from the store.
 
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use tokio::time::{Instant, Sleep};
 use super::Shared;
 use super::lanes::{Lanes, Places, Wanted};
 use super::service::raised;
-use crate::provider::{ClaimRequest, Claimed, Lease};
+use crate::delivery::{Next, Verdict};
+use crate::provider::{ClaimRequest, Claimed, Lease, Lost};
 
 /// Ticks of a shared store come with every write of every process: look at all lanes at most this often for them.
 const TICK_DEBOUNCE: Duration = Duration::from_millis(5);
@@ -128,7 +130,7 @@ impl Shared {
     /// it was given; `None` when the store failed. With `wake` a worker is woken for what it gave.
     async fn claim(&self, wanted: Wanted, now: Instant, wake: bool) -> Option<(Option<Duration>, Instant)> {
         let mut claiming = Claiming::new(self, wanted);
-        let Claimed { leases, next_due } = match self.provider.claim(&claiming.request).await {
+        let Claimed { leases, lost, next_due } = match self.provider.claim(&claiming.request).await {
             Ok(claimed) => claimed,
             Err(error) => {
                 tracing::warn!(error = %error, cause = ?error, "cannot claim deliveries; trying again");
@@ -142,7 +144,22 @@ impl Shared {
         if let Err(error) = self.release(homeless).await {
             tracing::warn!(error = %error, "cannot give leases back; they expire by themselves");
         }
+        lost.iter().for_each(|lost| self.count_lost(lost));
         Some((next_due, at))
+    }
+
+    /// Nobody settles an attempt that was lost: it is counted by who found out. Which version of a plugin it ran on is
+    /// known to the worker that is gone, so it counts for the subscription only.
+    fn count_lost(&self, lost: &Lost) {
+        let Some(binding) = self.lanes.binding(&lost.key.subscription) else { return };
+        binding.metrics.attempt(Verdict::Lost);
+        if lost.next == Next::Fail {
+            self.totals.failed.fetch_add(1, Ordering::Relaxed);
+            binding.metrics.dead_letters.inc();
+            tracing::warn!(seq = lost.key.seq, subscription = %binding.name, "a delivery was lost too often and became a dead letter");
+        } else {
+            binding.metrics.retries.inc();
+        }
     }
 }
 

@@ -427,6 +427,11 @@ impl Lanes {
         homeless
     }
 
+    /// What attempts for this subscription are made with.
+    pub(super) fn binding(&self, name: &str) -> Option<Arc<Binding>> {
+        self.lock().find(name).map(|lane| Arc::clone(&lane.binding))
+    }
+
     /// Gives a failed claim's lanes their hints back.
     pub(super) fn refund(&self, places: &Places) {
         let mut state = self.lock();

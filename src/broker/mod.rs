@@ -10,6 +10,7 @@
 //! WebAssembly or of HTTP.
 
 mod attempt;
+mod chain;
 mod dispatch;
 mod lanes;
 mod maintenance;
@@ -33,7 +34,7 @@ use tokio::time::Instant;
 
 use crate::delivery::{EventDetail, Status};
 use crate::error::{Error, Result};
-use crate::event::{Event, EventId, Seq};
+use crate::event::{Event, EventId, MAX_PAYLOAD, Seq};
 use crate::handler::Handler;
 use crate::metrics::{Metrics, OperationMetrics};
 use crate::provider::{Amendment, Provider};
@@ -91,6 +92,10 @@ pub struct Options {
     /// The largest payload, in bytes. In the configuration `limits.max_payload`.
     #[serde(skip)]
     pub max_payload: u64,
+    /// How long a chain of events that handlers publish may grow: what is further from the event that no handler
+    /// published is refused, and 0 lets no handler publish. In the configuration `limits.max_depth`.
+    #[serde(skip)]
+    pub max_depth: u32,
     /// Finished events older than this are removed; `None` and nothing at all (`0s`) keep them.
     #[serde(skip_serializing_if = "Option::is_none", with = "friendly::optional")]
     pub keep_for: Option<Duration>,
@@ -102,8 +107,8 @@ pub struct Options {
     pub seed: Option<u64>,
 }
 
-/// 1 MiB: what the original brokers' transports carry without tuning.
-pub const MAX_PAYLOAD: u64 = 1 << 20;
+/// More than any sensible flow of events has, and few enough that a loop that doubles stays small.
+const MAX_DEPTH: u32 = 16;
 
 const WORKERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(9);
 const BUFFER: NonZeroUsize = NonZeroUsize::MIN.saturating_add(999);
@@ -122,6 +127,7 @@ impl Default for Options {
             poll: Duration::from_secs(1),
             sync_deadline: Duration::from_secs(30),
             max_payload: MAX_PAYLOAD,
+            max_depth: MAX_DEPTH,
             keep_for: Some(Duration::from_secs(7 * 24 * 60 * 60)),
             keep_events: None,
             seed: None,

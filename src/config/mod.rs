@@ -59,6 +59,8 @@ pub struct Config {
 pub struct Limits {
     /// The largest payload of an event.
     pub max_payload: ByteSize,
+    /// How long a chain of events that handlers publish may grow; 0 lets no handler publish.
+    pub max_depth: u32,
     /// How many event types get metrics of their own; later ones count as `other`.
     pub metric_types: usize,
 }
@@ -105,7 +107,8 @@ impl Default for Config {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_payload: ByteSize::b(broker::MAX_PAYLOAD), metric_types: metrics::DEFAULT_TYPES }
+        let broker::Options { max_payload, max_depth, .. } = broker::Options::default();
+        Self { max_payload: ByteSize::b(max_payload), max_depth, metric_types: metrics::DEFAULT_TYPES }
     }
 }
 
@@ -190,8 +193,10 @@ impl Config {
         config.instance_id = instance::resolve(&config.instance_id, |name| sources.variable(name).map(str::to_owned))?;
         config.broker.instance_id.clone_from(&config.instance_id);
         config.broker.max_payload = config.limits.max_payload.as_u64();
+        config.broker.max_depth = config.limits.max_depth;
         config.sqlite.url.clone_from(&config.provider);
         config.host.plugins.clone_from(&config.plugins);
+        config.host.max_payload = config.limits.max_payload.as_u64();
         config.validate()?;
         Ok(config)
     }
@@ -199,6 +204,7 @@ impl Config {
     fn validate(&self) -> Result<()> {
         self.broker.validate().map_err(|error| within("broker", error))?;
         self.http.validate(self.listen)?;
+        self.host.validate()?;
         ProviderUrl::parse(&self.provider)?;
         if self.http.max_body.as_u64() < self.limits.max_payload.as_u64().saturating_mul(2) {
             let reason = "must be at least twice limits.max_payload: base64 and the event around it need room";

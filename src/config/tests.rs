@@ -118,7 +118,7 @@ fn the_environment_wins_over_the_file_and_flags_over_both() {
 
 #[test]
 fn a_bad_setting_is_refused_with_its_key_and_a_suggestion() {
-    let rows: [(&str, &str, &[&str]); 16] = [
+    let rows: [(&str, &str, &[&str]); 20] = [
         (".toml", "providr = \"memory:\"", &["providr", "did you mean provider?"]),
         (".toml", "[broker]\nworker_cuont = 1", &["broker.worker_cuont", "did you mean worker_count?"]),
         (".toml", "[brokr]\nworker_count = 1", &["brokr", "did you mean broker?"]),
@@ -130,6 +130,10 @@ fn a_bad_setting_is_refused_with_its_key_and_a_suggestion() {
         (".toml", "listen = \"localhost\"", &["listen", "localhost"]),
         (".toml", "listen = \"0.0.0.0:7700\"", &["listen", "needs tokens"]),
         (".toml", "[limits]\nmax_payload = \"lots\"", &["limits.max_payload", "lots"]),
+        (".toml", "[host.limits]\nkv_bytes = \"0 B\"", &["host.limits.kv_bytes", "leaves nothing"]),
+        (".toml", "[host.limits]\nhost_calls = 0", &["host.limits.host_calls", "leaves nothing"]),
+        (".toml", "[plugins.a.limits]\ntimeout = \"0s\"", &["plugins.a.limits.timeout", "leaves nothing"]),
+        (".toml", "[plugins.a.limits]\nhost_calls = 0", &["plugins.a.limits", "leaves nothing"]),
         (".toml", "[limits]\nmax_payload = \"1 GiB\"", &["http.max_body", "twice limits.max_payload"]),
         (".toml", "listen = ", &["config", "is not TOML"]),
         (".yaml", "listen: [", &["config", "is not YAML"]),

@@ -13,6 +13,7 @@ use wasmtime::component::Component;
 use wasmtime::{Config, Enabled, InstanceAllocationStrategy, PoolingAllocationConfig, WasmBacktraceDetails};
 
 use super::cache::Cache;
+use super::limits::MAX_TABLE;
 use crate::error::{Error, Result};
 
 /// How often guests that compute are interrupted: to let other tasks run, and to see whether their time is up.
@@ -140,6 +141,7 @@ fn pooled(settings: &Settings) -> wasmtime::Result<wasmtime::Engine> {
         .total_core_instances(parts)
         .total_memories(parts)
         .total_tables(parts)
+        .table_elements(MAX_TABLE)
         .max_memory_size(settings.max_memory);
     if PoolingAllocationConfig::is_pagemap_scan_available() {
         // Without the scan, resetting resident memory costs more than mapping it anew.

@@ -3,13 +3,15 @@
 //! Nothing is carried out here: events and writes are collected as [`Effects`], and reads of key-value data go through
 //! the [`Call`]. A request that breaks a rule is answered with a fault that the guest can read:
 //! `denied` (not granted), `invalid-…`, `too-large` or `too-many`. Only what cannot be answered so ends the attempt: a
-//! setting that was never requested ([`Stop::Denied`]) and a store that cannot be read ([`Stop::HostFault`]).
+//! setting that was never requested ([`Stop::Denied`]) and a store that cannot be read ([`Stop::HostFault`]). So does
+//! calling the host too often, which [`instance`](super::instance) watches by the count that is kept here.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use bytesize::ByteSize;
 use wasmtime::component::{HasSelf, Linker};
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
@@ -21,14 +23,8 @@ use super::limits::{Limits, Meter, bytes};
 use super::log::Log;
 use super::wasi::Wasi;
 use crate::delivery::{KvChange, KvWrite, LogLine};
-use crate::event::{EventId, EventType, MAX_TEXT, Metadata, Payload, short_text};
+use crate::event::{EventId, EventType, MAX_TEXT, Metadata, Payload, body_size, short_text};
 use crate::handler::{Call, Effects, Publish};
-
-/// The most key-value writes of one attempt.
-const MAX_WRITES: usize = 1_000;
-
-/// What all events and values of one attempt may hold together, in bytes: it waits in memory for the attempt's end.
-const MAX_EFFECTS: usize = 8 << 20;
 
 /// Why a host function ended the attempt.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +43,17 @@ pub(super) struct Terms {
     pub(super) digest: Arc<str>,
     pub(super) powers: Powers,
     pub(super) limits: Limits,
+    /// The largest payload of an event, in bytes.
+    pub(super) max_payload: u64,
+}
+
+/// What an attempt has used of its limits, as far as it is counted here.
+#[derive(Debug, Default)]
+struct Used {
+    host_calls: u64,
+    published_bytes: usize,
+    kv_operations: u32,
+    kv_bytes: usize,
 }
 
 /// What a store holds: one attempt.
@@ -59,7 +66,7 @@ pub(super) struct State {
     deadline: Instant,
     /// This attempt's own writes: a value, or `None` for deleted.
     written: HashMap<(String, String), Option<Bytes>>,
-    held: usize,
+    used: Used,
     wasi: Option<Wasi>,
 }
 
@@ -74,45 +81,60 @@ impl State {
             call,
             deadline,
             written: HashMap::new(),
-            held: 0,
+            used: Used::default(),
             wasi: None,
         }
     }
 
-    /// The collection that a bucket is, once it is known to be granted.
-    fn collection(&self, bucket: &str) -> Result<String, Fault> {
+    /// Counts a call of the host. Every interface of the linker takes the state through here.
+    fn called(&mut self) -> &mut Self {
+        self.used.host_calls = self.used.host_calls.saturating_add(1);
+        self
+    }
+
+    /// Whether the host was called more often than allowed.
+    pub(super) fn called_too_often(&self) -> bool {
+        self.used.host_calls > self.terms.limits.host_calls
+    }
+
+    /// The collection that a bucket is, once it is granted and one more use of `key` in it is within the limit.
+    fn operation(&mut self, bucket: &str, key: &str) -> Result<String, Fault> {
         if !self.terms.powers.kv.contains(bucket) {
             return Err(denied("kv bucket", bucket, "kv"));
         }
+        check_key(key)?;
+        let limit = self.terms.limits.kv_operations;
+        if self.used.kv_operations >= limit {
+            let words = format!("an attempt may read and write key-value data {limit} times (limits.kv_operations)");
+            return Err(refusal("too-many", words));
+        }
+        self.used.kv_operations = self.used.kv_operations.saturating_add(1);
         Ok(format!("kv/{}/{bucket}", self.terms.name))
     }
 
     /// Exclusive although it only reads: WASI's parts cannot be shared between threads, and this waits.
-    async fn read(&mut self, collection: &str, key: &str) -> wasmtime::Result<Option<Bytes>> {
+    async fn read(&mut self, collection: &str, key: &str) -> wasmtime::Result<Result<Option<Bytes>, Fault>> {
         // A tuple of borrowed strings is no key of the map; the clones are small beside the read.
-        if let Some(own) = self.written.get(&(collection.to_owned(), key.to_owned())) {
-            return Ok(own.clone());
-        }
-        Ok(self.call.kv.get(collection, key).await.map_err(Stop::HostFault)?)
+        let value = match self.written.get(&(collection.to_owned(), key.to_owned())) {
+            Some(own) => own.clone(),
+            None => self.call.kv.get(collection, key).await.map_err(Stop::HostFault)?,
+        };
+        Ok(self.move_kv(value.as_ref().map_or(0, Bytes::len)).map(|()| value))
     }
 
     fn write(&mut self, bucket: String, key: String, change: KvChange, now: Option<Bytes>) -> Result<(), Fault> {
-        if self.effects.writes.len() >= MAX_WRITES {
-            return Err(refusal("too-many", format!("an attempt may write {MAX_WRITES} times")));
-        }
-        self.hold(now.as_ref().map_or(0, Bytes::len))?;
+        self.move_kv(now.as_ref().map_or(0, Bytes::len).saturating_add(key.len()))?;
         self.written.insert((bucket.clone(), key.clone()), now);
         self.effects.writes.push(KvWrite { bucket, key, change });
         Ok(())
     }
 
-    fn hold(&mut self, more: usize) -> Result<(), Fault> {
-        let held = self.held.saturating_add(more);
-        if held > MAX_EFFECTS {
-            let words = format!("what an attempt publishes and writes may have {MAX_EFFECTS} bytes together");
-            return Err(refusal("too-large", words));
-        }
-        self.held = held;
+    fn move_kv(&mut self, more: usize) -> Result<(), Fault> {
+        let limit = self.terms.limits.kv_bytes;
+        self.used.kv_bytes = within(self.used.kv_bytes, more, limit).ok_or_else(|| {
+            let words = format!("an attempt may read and write {limit} of key-value data (limits.kv_bytes)");
+            refusal("too-large", words)
+        })?;
         Ok(())
     }
 
@@ -123,12 +145,24 @@ impl State {
         let index = self.effects.published.len();
         let limit = self.terms.limits.published_events;
         if u32::try_from(index).is_ok_and(|index| index >= limit) {
-            return Err(refusal("too-many", format!("an attempt may publish {limit} events")));
+            let words = format!("an attempt may publish {limit} events (limits.published_events)");
+            return Err(refusal("too-many", words));
         }
-        self.hold(publish.payload.bytes().len())?;
+        let size = body_size(&publish.payload, &publish.metadata, self.terms.max_payload)
+            .map_err(|error| refusal("too-large", error.to_string()))?
+            .saturating_add(publish.key.as_ref().map_or(0, |key| key.len()));
+        let limit = self.terms.limits.published_bytes;
+        self.used.published_bytes = within(self.used.published_bytes, size, limit).ok_or_else(|| {
+            refusal("too-large", format!("an attempt may publish {limit} of events (limits.published_bytes)"))
+        })?;
         self.effects.published.push(publish);
         Ok(EventId::caused(&self.call.event.id, &self.call.subscription, index).to_string())
     }
+}
+
+/// What is used together, unless that is more than the limit.
+fn within(used: usize, more: usize, limit: ByteSize) -> Option<usize> {
+    Some(used.saturating_add(more)).filter(|&sum| sum <= bytes(limit))
 }
 
 fn denied(what: &str, name: &str, capability: &str) -> Fault {
@@ -233,8 +267,8 @@ impl events::Host for State {
 
 impl kv::Host for State {
     async fn get(&mut self, bucket: String, key: String) -> wasmtime::Result<Result<Option<Vec<u8>>, Fault>> {
-        match self.collection(&bucket).and_then(|collection| check_key(&key).map(|()| collection)) {
-            Ok(collection) => Ok(Ok(self.read(&collection, &key).await?.map(Vec::from))),
+        match self.operation(&bucket, &key) {
+            Ok(collection) => Ok(self.read(&collection, &key).await?.map(|value| value.map(Vec::from))),
             Err(fault) => Ok(Err(fault)),
         }
     }
@@ -254,19 +288,18 @@ impl kv::Host for State {
     }
 
     async fn increment(&mut self, bucket: String, key: String, by: i64) -> wasmtime::Result<Result<i64, Fault>> {
-        let collection = match self.collection(&bucket).and_then(|collection| check_key(&key).map(|()| collection)) {
+        let collection = match self.operation(&bucket, &key) {
             Ok(collection) => collection,
             Err(fault) => return Ok(Err(fault)),
         };
         let before = self.read(&collection, &key).await?;
-        Ok(self.increment(collection, key, before.as_deref(), by))
+        Ok(before.and_then(|before| self.increment(collection, key, before.as_deref(), by)))
     }
 }
 
 impl State {
     fn set(&mut self, bucket: &str, key: String, value: Bytes, ttl_s: Option<u32>) -> Result<(), Fault> {
-        let collection = self.collection(bucket)?;
-        check_key(&key)?;
+        let collection = self.operation(bucket, &key)?;
         if ttl_s == Some(0) {
             return Err(refusal("invalid-ttl", "ttl-s must be at least 1: leave it out for a value that stays"));
         }
@@ -275,8 +308,7 @@ impl State {
     }
 
     fn delete(&mut self, bucket: &str, key: String) -> Result<(), Fault> {
-        let collection = self.collection(bucket)?;
-        check_key(&key)?;
+        let collection = self.operation(bucket, &key)?;
         self.write(collection, key, KvChange::Delete, None)
     }
 
@@ -299,6 +331,7 @@ fn sum(before: Option<&[u8]>, by: i64) -> Result<i64, &'static str> {
 
 impl WasiView for State {
     fn ctx(&mut self) -> WasiCtxView<'_> {
+        self.called();
         let log = &self.log;
         self.wasi.get_or_insert_with(|| Wasi::new(log)).view()
     }
@@ -310,17 +343,17 @@ impl WasiView for State {
 /// Those of the engine, which there are none of as long as no name is added twice.
 pub(super) fn linker(engine: &wasmtime::Engine, powers: &Powers) -> wasmtime::Result<Linker<State>> {
     let mut linker = Linker::new(engine);
-    types::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
-    delivery::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
-    log::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
+    types::add_to_linker::<State, HasSelf<State>>(&mut linker, State::called)?;
+    delivery::add_to_linker::<State, HasSelf<State>>(&mut linker, State::called)?;
+    log::add_to_linker::<State, HasSelf<State>>(&mut linker, State::called)?;
     if !powers.config.is_empty() {
-        config::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
+        config::add_to_linker::<State, HasSelf<State>>(&mut linker, State::called)?;
     }
     if !powers.events.is_empty() {
-        events::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
+        events::add_to_linker::<State, HasSelf<State>>(&mut linker, State::called)?;
     }
     if !powers.kv.is_empty() {
-        kv::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)?;
+        kv::add_to_linker::<State, HasSelf<State>>(&mut linker, State::called)?;
     }
     if powers.wasi {
         wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;

@@ -46,7 +46,8 @@ impl Prepared {
         let began = Instant::now();
         let Ok(slot) = tokio::time::timeout(allowed, engine.slots().acquire()).await else {
             let words = format!("no instance became free within {allowed:?}: raise host.instances");
-            return Outcome::failed(Verdict::HostFault, Fault::new("host-busy", words));
+            let trace = Trace { digest: Some(Arc::clone(&self.terms.digest)), ..Trace::default() };
+            return Outcome { trace, ..Outcome::failed(Verdict::HostFault, Fault::new("host-busy", words)) };
         };
         let event = convert::guest_event(&call.event);
         let mut store = self.store(engine, call, began.checked_add(allowed).unwrap_or(began));
@@ -66,8 +67,9 @@ impl Prepared {
         let mut store = Store::new(engine.wasmtime(), State::new(&self.terms, call, deadline));
         store.limiter(|state| &mut state.meter);
         store.set_epoch_deadline(1);
-        store.epoch_deadline_callback(move |_| {
-            Ok(if Instant::now() < deadline { UpdateDeadline::Yield(1) } else { UpdateDeadline::Interrupt })
+        store.epoch_deadline_callback(move |store| {
+            let may_go_on = Instant::now() < deadline && !store.data().called_too_often();
+            Ok(if may_go_on { UpdateDeadline::Yield(1) } else { UpdateDeadline::Interrupt })
         });
         if let Err(error) = store.set_fuel(self.terms.limits.fuel) {
             tracing::error!(error = format!("{error:#}"), "fuel is not measured");
@@ -102,6 +104,8 @@ impl Prepared {
         };
         let refused = state.meter.has_refused();
         let outcome = match end {
+            // One that returned between two ticks has done too much all the same.
+            End::Returned(_) | End::Stopped(_) if state.called_too_often() => self.called_too_often(),
             End::Returned(answer) => self.answered(answer, state.effects),
             End::Waiting => timed_out(allowed),
             End::Stopped(error) => self.stopped(&error, refused, allowed),
@@ -111,6 +115,12 @@ impl Prepared {
             End::NotBegun(error) => self.stopped(&error, refused, allowed),
         };
         Outcome { trace, ..outcome }
+    }
+
+    fn called_too_often(&self) -> Outcome {
+        let limit = self.terms.limits.host_calls;
+        let words = format!("called the host more often than {limit} times (limits.host_calls)");
+        Outcome::failed(Verdict::OutOfFuel, Fault::new("too-many-host-calls", words))
     }
 
     /// What the handler itself decided.

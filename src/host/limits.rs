@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use wasmtime::ResourceLimiter;
 
 use super::manifest::Limits as Choices;
+use crate::error::{Error, Result};
 
 /// What an attempt may use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +28,14 @@ pub struct Limits {
     pub reply: ByteSize,
     /// Events that an attempt may publish; 0 for none.
     pub published_events: u32,
+    /// All published events together: payloads, keys and metadata.
+    pub published_bytes: ByteSize,
+    /// Reads and writes of key-value data; 0 for none.
+    pub kv_operations: u32,
+    /// Keys and values that are written, and values that are read, together.
+    pub kv_bytes: ByteSize,
+    /// Calls of the host, whatever for: a guest that only calls uses next to no fuel.
+    pub host_calls: u64,
     /// What is kept of an attempt's log.
     pub log: ByteSize,
 }
@@ -39,12 +48,38 @@ impl Default for Limits {
             timeout: Duration::from_secs(30),
             reply: ByteSize::kib(64),
             published_events: 100,
+            published_bytes: ByteSize::mib(4),
+            kv_operations: 1_000,
+            kv_bytes: ByteSize::mib(4),
+            host_calls: 100_000,
             log: ByteSize::kib(64),
         }
     }
 }
 
 impl Limits {
+    /// Checks that no limit leaves nothing.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the limit.
+    pub fn validate(&self) -> Result<()> {
+        let sizes = [
+            ("memory", self.memory),
+            ("reply", self.reply),
+            ("published_bytes", self.published_bytes),
+            ("kv_bytes", self.kv_bytes),
+            ("log", self.log),
+        ];
+        let counts = [("fuel", self.fuel), ("host_calls", self.host_calls)];
+        let sizes = sizes.into_iter().map(|(limit, size)| (limit, size.as_u64() == 0));
+        let mut all = sizes.chain(counts.map(|(limit, count)| (limit, count == 0)));
+        let none = all.find(|(_, is_nothing)| *is_nothing).map(|(limit, _)| (limit, "0"));
+        match none.or_else(|| self.timeout.is_zero().then_some(("timeout", "0s"))) {
+            Some((limit, value)) => Err(Error::invalid(limit, value, "leaves nothing: give it some, or leave it out")),
+            None => Ok(()),
+        }
+    }
+
     /// These limits, with the operator's choices in their place.
     #[must_use]
     pub fn replaced(&self, by: &Choices) -> Self {
@@ -54,6 +89,10 @@ impl Limits {
             timeout: by.timeout.unwrap_or(self.timeout),
             reply: by.reply.map_or(self.reply, ByteSize),
             published_events: by.published_events.unwrap_or(self.published_events),
+            published_bytes: by.published_bytes.map_or(self.published_bytes, ByteSize),
+            kv_operations: by.kv_operations.unwrap_or(self.kv_operations),
+            kv_bytes: by.kv_bytes.map_or(self.kv_bytes, ByteSize),
+            host_calls: by.host_calls.unwrap_or(self.host_calls),
             log: by.log.map_or(self.log, ByteSize),
         }
     }
@@ -68,6 +107,10 @@ impl Limits {
             timeout: self.timeout.min(wished.timeout),
             reply: self.reply.min(wished.reply),
             published_events: self.published_events.min(wished.published_events),
+            published_bytes: self.published_bytes.min(wished.published_bytes),
+            kv_operations: self.kv_operations.min(wished.kv_operations),
+            kv_bytes: self.kv_bytes.min(wished.kv_bytes),
+            host_calls: self.host_calls.min(wished.host_calls),
             log: self.log.min(wished.log),
         }
     }
@@ -77,6 +120,9 @@ impl Limits {
 pub(super) fn bytes(size: ByteSize) -> usize {
     usize::try_from(size.as_u64()).unwrap_or(usize::MAX)
 }
+
+/// The most elements of one table: the pool has room of one size for all plugins' tables.
+pub(super) const MAX_TABLE: usize = 20_000;
 
 /// What an element of a table takes.
 const TABLE_ELEMENT: usize = size_of::<usize>();
@@ -140,7 +186,9 @@ impl ResourceLimiter for Meter {
     }
 
     fn table_growing(&mut self, current: usize, desired: usize, maximum: Option<usize>) -> wasmtime::Result<bool> {
-        if maximum.is_some_and(|maximum| desired > maximum) {
+        if let Some(maximum) = maximum.filter(|&maximum| desired > maximum) {
+            // The lower of the table's own maximum and the pool's; the latter is a limit like that on memory.
+            self.refused |= maximum >= MAX_TABLE;
             return Ok(false);
         }
         let more = desired.saturating_sub(current).saturating_mul(TABLE_ELEMENT);
@@ -191,6 +239,8 @@ mod tests {
         assert!(!meter.memory_growing(0, 2 * PAGE, Some(PAGE)).unwrap());
         assert!(!meter.table_growing(0, 2, Some(1)).unwrap());
         assert!(!meter.has_refused());
+        assert!(!meter.table_growing(0, MAX_TABLE + 1, Some(MAX_TABLE)).unwrap());
+        assert!(meter.has_refused(), "but not at the pool's");
     }
 
     #[test]
@@ -203,6 +253,10 @@ mod tests {
             fuel: Some(10),
             timeout: Some(Duration::from_secs(2)),
             published_events: Some(1000),
+            published_bytes: Some(1),
+            kv_operations: Some(2),
+            kv_bytes: Some(u64::MAX),
+            host_calls: Some(3),
             ..Choices::default()
         };
         let limits = allowed.tightened(&plugin);
@@ -210,5 +264,7 @@ mod tests {
         assert_eq!(limits.fuel, 9);
         assert_eq!(limits.timeout, Duration::from_secs(2));
         assert_eq!(limits.published_events, 100);
+        assert_eq!((limits.published_bytes, limits.kv_operations), (ByteSize(1), 2));
+        assert_eq!((limits.kv_bytes, limits.host_calls), (ByteSize::mib(4), 3));
     }
 }

@@ -55,7 +55,8 @@ pub(super) async fn load(
     check_memory(&component, &limits).map_err(refuse)?;
     let linked = linker(engine.wasmtime(), &powers).and_then(|linker| linker.instantiate_pre(&component));
     let pre = linked.and_then(PluginPre::new).map_err(|error| refuse(unfit(&interface, &error)))?;
-    let terms = Terms { name: manifest.name.as_str().into(), digest, powers, limits };
+    let (name, max_payload) = (manifest.name.as_str().into(), options.max_payload);
+    let terms = Terms { name, digest, powers, limits, max_payload };
     Ok(Loaded { manifest, interface, prepared: Prepared { pre, terms: Arc::new(terms) } })
 }
 

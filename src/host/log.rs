@@ -82,6 +82,9 @@ impl Log {
 impl Tail {
     fn add(&mut self, mut line: LogLine) {
         shorten(&mut line, self.limit);
+        if disarm(&mut line) {
+            shorten(&mut line, self.limit);
+        }
         self.show(&line);
         self.kept = self.kept.saturating_add(size(&line));
         self.lines.push_back(line);
@@ -160,6 +163,25 @@ fn shorten(line: &mut LogLine, limit: usize) {
     cut(&mut line.message, limit.saturating_sub(LINE));
 }
 
+/// Writes out what would steer a terminal or reorder what is shown, and says whether there was any. Line ends and tabs
+/// stay: they are quoted where one line is one entry.
+fn disarm(line: &mut LogLine) -> bool {
+    let fields = line.fields.iter_mut().flat_map(|(name, value)| [name, value]);
+    let armed = std::iter::once(&mut line.message).chain(fields).filter(|text| text.chars().any(is_armed));
+    armed.map(|text| *text = text.chars().flat_map(written_out).collect()).count() > 0
+}
+
+fn is_armed(c: char) -> bool {
+    let reorders = matches!(c, '\u{61c}' | '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    reorders || c.is_control() && !matches!(c, '\n' | '\t')
+}
+
+fn written_out(c: char) -> impl Iterator<Item = char> {
+    let escape = is_armed(c).then(|| c.escape_unicode());
+    let itself = escape.is_none().then_some(c);
+    escape.into_iter().flatten().chain(itself)
+}
+
 /// Cuts `text` to `limit` bytes or a little more, on a character boundary, with a mark where it was cut.
 pub(super) fn cut(text: &mut String, limit: usize) {
     const MARK: char = '…';
@@ -223,6 +245,59 @@ mod tests {
         let expected = [(WARN, "careful"), (INFO, "hello"), (INFO, ""), (INFO, "end"), (WARN, "open")]
             .map(|(l, m)| (l, m.to_owned()));
         assert_eq!(lines, expected);
+    }
+
+    #[test]
+    fn what_would_steer_a_terminal_is_written_out() {
+        let log = log(1000);
+        let fields = vec![("a\u{7}".to_owned(), "\u{202e}b".to_owned())];
+        log.add(LogLine { fields, ..line("\u{1b}[2J\u{9b}2J\rover\tand\nout") });
+        let lines = log.finish();
+        assert_eq!(lines[0].message, "\\u{1b}[2J\\u{9b}2J\\u{d}over\tand\nout");
+        assert_eq!(lines[0].fields, [("a\\u{7}".to_owned(), "\\u{202e}b".to_owned())]);
+        log.add(line(&"\u{1b}".repeat(900)));
+        assert!(log.finish()[0].message.len() <= 1000, "also where that makes it longer");
+    }
+
+    /// A place that the host's log is written to.
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_hosts_log_shows_whose_lines_they_are_and_no_more_than_the_limit() {
+        for json in [false, true] {
+            let written = Written::default();
+            let writer = written.clone();
+            let lines = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone());
+            let log = log(10 * (LINE + 16));
+            let work = || (0..1000).for_each(|n| log.add(line(&format!("\u{1b}[2J\nline {n:03}"))));
+            match json {
+                false => tracing::subscriber::with_default(lines.finish(), work),
+                true => tracing::subscriber::with_default(lines.json().finish(), work),
+            }
+            let shown = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
+            let shown: Vec<&str> = shown.lines().collect();
+            assert!((8..=11).contains(&shown.len()), "{shown:#?}");
+            let (last, first) = shown.split_last().unwrap();
+            assert!(last.contains("guest log cut"), "{last}");
+            for line in first {
+                for part in ["faults", "tests", "attempt", "guest log", "line 00"] {
+                    assert!(line.contains(part), "{part} in {line}");
+                }
+                assert!(!line.contains('\u{1b}'), "{line}");
+            }
+        }
     }
 
     #[test]

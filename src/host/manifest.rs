@@ -87,6 +87,18 @@ pub struct Limits {
     /// Events that an attempt may publish; 0 for none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub published_events: Option<u32>,
+    /// Bytes of all published events together.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "size")]
+    pub published_bytes: Option<u64>,
+    /// Reads and writes of key-value data; 0 for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_operations: Option<u32>,
+    /// Bytes that are read from and written to key-value data.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "size")]
+    pub kv_bytes: Option<u64>,
+    /// Calls of the host, whatever for.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "count")]
+    pub host_calls: Option<u64>,
     /// Bytes of log that are kept of an attempt.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "size")]
     pub log: Option<u64>,
@@ -318,7 +330,7 @@ fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Er
 
 fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     match u64::deserialize(deserializer)? {
-        0 => Err(D::Error::custom("fuel of 0 leaves nothing: give it some, such as 500000000")),
+        0 => Err(D::Error::custom("a limit of 0 leaves nothing: give it some, or leave it out")),
         units => Ok(Some(units)),
     }
 }
@@ -357,6 +369,10 @@ mod tests {
             timeout = "30s"
             reply = "64KiB"
             published_events = 100
+            published_bytes = "1MiB"
+            kv_operations = 10
+            kv_bytes = "64KiB"
+            host_calls = 500
             log = 4096
             [capabilities]
             kv = ["totals"]
@@ -367,6 +383,7 @@ mod tests {
         let manifest = Manifest::parse(text).unwrap();
         assert_eq!(manifest.limits.memory, Some(64 * 1024 * 1024));
         assert_eq!(manifest.limits.log, Some(4096));
+        assert_eq!((manifest.limits.kv_operations, manifest.limits.host_calls), (Some(10), Some(500)));
         assert_eq!(manifest.limits.timeout, Some(Duration::from_secs(30)));
         assert_eq!(manifest.capabilities.http[0].to_string(), "https://api.example.com:443");
         assert_eq!(manifest.capabilities.http[1].to_string(), "http://[::1]:8080");
@@ -412,7 +429,8 @@ mod tests {
             ("[retry]\njitter = 2.0", "plugin.toml: retry.jitter: must be from 0 to 1 (got \"2\")"),
             ("[limits]\nmemory = \"much\"", "line 4: "),
             ("[limits]\nreply = 0", "line 4: a size of 0"),
-            ("[limits]\nfuel = 0", "line 4: fuel of 0"),
+            ("[limits]\nfuel = 0", "line 4: a limit of 0 leaves nothing: give it some, or leave it out in `fuel = 0`"),
+            ("[limits]\nhost_calls = 0", "line 4: a limit of 0"),
             ("[limits]\ntimeout = \"0s\"", "plugin.toml: limits.timeout"),
             ("[capabilities]\nkv = [\"Totals\"]", "line 4: kv bucket \"Totals\" must be 1–64"),
             ("[capabilities]\nconfig = [\"\"]", "line 4: config key \"\" must be 1–64"),

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::limits::{Limits, bytes};
 use super::manifest::{Capabilities, Limits as Choices};
+use crate::error::{Error, Result};
+use crate::event::MAX_PAYLOAD;
 
 /// The host as a whole.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -23,6 +25,9 @@ pub struct Options {
     pub instances: NonZeroU32,
     /// What an attempt may use, unless the plugin's section says otherwise.
     pub limits: Limits,
+    /// The largest payload of an event that a plugin publishes, in bytes. In the configuration `limits.max_payload`.
+    #[serde(skip)]
+    pub max_payload: u64,
     /// By plugin name. A section of its own in the configuration, `[plugins.<name>]`, which whoever reads the
     /// configuration puts here.
     #[serde(skip)]
@@ -34,7 +39,14 @@ const INSTANCES: NonZeroU32 = NonZeroU32::MIN.saturating_add(255);
 
 impl Default for Options {
     fn default() -> Self {
-        Self { directory: None, cache: None, instances: INSTANCES, limits: Limits::default(), plugins: BTreeMap::new() }
+        Self {
+            directory: None,
+            cache: None,
+            instances: INSTANCES,
+            limits: Limits::default(),
+            max_payload: MAX_PAYLOAD,
+            plugins: BTreeMap::new(),
+        }
     }
 }
 
@@ -55,6 +67,23 @@ impl Options {
     #[must_use]
     pub fn limits_of(&self, plugin: &str) -> Limits {
         self.plugins.get(plugin).map_or_else(|| self.limits.clone(), |own| self.limits.replaced(&own.limits))
+    }
+
+    /// Checks the limits, those of single plugins too.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the key of the configuration.
+    pub fn validate(&self) -> Result<()> {
+        let at = |section: String, limits: &Limits| {
+            limits.validate().map_err(|error| match error {
+                Error::Invalid { field, value, reason } => {
+                    Error::Invalid { field: format!("{section}.limits.{field}").into(), value, reason }
+                }
+                other => other,
+            })
+        };
+        at("host".to_owned(), &self.limits)?;
+        self.plugins.keys().try_for_each(|name| at(format!("plugins.{name}"), &self.limits_of(name)))
     }
 
     /// The most memory that any plugin is allowed, in bytes.

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use bytesize::ByteSize;
 
 use super::component::embed_manifest;
-use super::{Host, Options, PluginOptions, check};
+use super::{Host, Limits, Options, PluginOptions, check};
 use crate::delivery::Verdict;
 use crate::error::Result;
 use crate::event::{Event, EventType, Payload, Source};
@@ -165,6 +166,7 @@ package wasi:cli@0.2.0 {
 }
 
 world commanding {
+    import tidegate:plugin/log@1.0.0;
     import wasi:cli/exit@0.2.0;
     import wasi:cli/environment@0.2.0;
     import wasi:cli/stdout@0.2.0;
@@ -172,7 +174,8 @@ world commanding {
 }
 "#;
 
-/// A guest that was built for WASI: `handle` does this and then succeeds.
+/// A guest that was built for WASI: `handle` does this and then gives back what stands at 512, which is success unless
+/// it wrote something else there.
 fn wasi_guest(handle: &str) -> Vec<u8> {
     let module = format!(
         r#"(module
@@ -182,8 +185,11 @@ fn wasi_guest(handle: &str) -> Vec<u8> {
             (import "wasi:cli/stdout@0.2.0" "get-stdout" (func $stdout (result i32)))
             (import "wasi:io/streams@0.2.0" "[method]output-stream.blocking-write-and-flush"
                 (func $write (param i32 i32 i32 i32)))
+            (import "tidegate:plugin/log@1.0.0" "emit" (func $emit (param i32 i32 i32 i32 i32)))
             (memory (export "memory") 1)
+            (table $table 1 funcref)
             (data (i32.const 64) "hello from stdout\n")
+            (data (i32.const 128) "no \ff\fe text \1b[2J\n")
             (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) i32.const 1024)
             (func (export "tidegate:plugin/handler@1.0.0#handle")
                 (param i32 i32 i64 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32) (result i32)
@@ -200,7 +206,11 @@ fn wasi_guest(handle: &str) -> Vec<u8> {
 }
 
 async fn handled(handle: &str) -> Outcome {
-    let host = Host::new(options(), None).unwrap();
+    handled_within(Limits::default(), handle).await
+}
+
+async fn handled_within(limits: Limits, handle: &str) -> Outcome {
+    let host = Host::new(Options { limits, ..options() }, None).unwrap();
     host.load("wasi.wasm", wasi_guest(handle).into()).await.unwrap().handle(call("null")).await
 }
 
@@ -226,4 +236,72 @@ async fn a_wasi_guest_sees_no_environment_and_no_arguments() {
         (if (i32.or (i32.load (i32.const 260)) (i32.load (i32.const 268))) (then unreachable))";
     let outcome = handled(neither).await;
     assert_eq!(outcome.verdict, Verdict::Ok, "{outcome:?}");
+}
+
+/// The canonical ABI checks what a guest hands over: that ends the attempt only.
+#[tokio::test]
+async fn what_is_no_text_or_not_in_memory_is_a_trap() {
+    let no_text = "(i32.const 2) (i32.const 128) (i32.const 5)";
+    let reply = "(i32.store8 (i32.const 516) (i32.const 1)) (i32.store (i32.const 520) (i32.const 128))
+        (i32.store (i32.const 524) (i32.const 5)) (i32.store (i32.const 528) (i32.const 64))";
+    let rows = [
+        (format!("(call $emit {no_text} (i32.const 0) (i32.const 0))"), "utf-8"),
+        (reply.to_owned(), "utf-8"),
+        (
+            "(call $emit (i32.const 2) (i32.const 65530) (i32.const 99) (i32.const 0) (i32.const 0))".to_owned(),
+            "bounds",
+        ),
+        (
+            "(call $emit (i32.const 2) (i32.const 64) (i32.const 5) (i32.const 0) (i32.const 0x0fffffff))".to_owned(),
+            "bounds",
+        ),
+    ];
+    for (handle, words) in rows {
+        let outcome = handled(&handle).await;
+        assert_eq!(outcome.verdict, Verdict::Trap, "{handle}: {outcome:?}");
+        let fault = outcome.fault.unwrap();
+        assert_eq!(fault.code, "trap");
+        assert!(fault.message.contains(words), "{handle}: {fault:?}");
+    }
+}
+
+#[tokio::test]
+async fn bytes_on_stdout_that_are_no_text_become_harmless_lines() {
+    let outcome = handled("(call $write (call $stdout) (i32.const 128) (i32.const 16) (i32.const 256))").await;
+    assert_eq!(outcome.verdict, Verdict::Ok, "{outcome:?}");
+    let lines: Vec<_> = outcome.trace.log.iter().map(|line| &*line.message).collect();
+    assert_eq!(lines, ["no \u{fffd}\u{fffd} text \\u{1b}[2J"]);
+}
+
+/// Memories and tables count together, and a table has a bound of the pool's too.
+#[tokio::test]
+async fn memory_and_tables_that_grow_without_end_are_out_of_memory() {
+    let table = "(loop $more (br_if $more
+        (i32.ne (table.grow $table (ref.null func) (i32.const 500)) (i32.const -1))))";
+    let memory = "(loop $more (br_if $more (i32.ne (memory.grow (i32.const 1)) (i32.const -1))))";
+    for grow in [table, memory] {
+        for limit in [ByteSize::kib(128), ByteSize::mib(8)] {
+            let limits = || Limits { memory: limit, ..Limits::default() };
+            let outcome = handled_within(limits(), &format!("{grow} unreachable")).await;
+            assert_eq!(outcome.verdict, Verdict::OutOfMemory, "{limit} {grow}: {outcome:?}");
+            assert!(outcome.trace.peak_memory.is_some_and(|peak| peak <= limit.as_u64()), "{outcome:?}");
+            let outcome = handled_within(limits(), grow).await;
+            assert_eq!(outcome.verdict, Verdict::Ok, "a guest that can do with less may: {outcome:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn calls_of_wasi_are_calls_of_the_host() {
+    let asking = |times: u32| {
+        let ask = "(call $arguments (i32.const 264))";
+        std::iter::repeat_n(ask, times as usize).collect::<String>()
+    };
+    let limits = || Limits { host_calls: 10, ..Limits::default() };
+    assert_eq!(handled_within(limits(), &asking(10)).await.verdict, Verdict::Ok);
+    for handle in [asking(11), format!("(loop $again {} (br $again))", asking(1))] {
+        let outcome = handled_within(limits(), &handle).await;
+        assert_eq!(outcome.verdict, Verdict::OutOfFuel, "{outcome:?}");
+        assert_eq!(outcome.fault.unwrap().code, "too-many-host-calls");
+    }
 }

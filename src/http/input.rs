@@ -233,6 +233,17 @@ mod tests {
         assert_eq!(json.payload.bytes(), r#"{"a":1}"#);
     }
 
+    /// Who could set them would shorten or hide a chain of events.
+    #[test]
+    fn nobody_outside_says_what_an_event_was_caused_by() {
+        let error = read(r#"{"type":"a","caused_by":"e-1"}"#).unwrap_err().to_string();
+        assert!(error.starts_with("caused_by: is set by tidegate"), "{error}");
+        let error = read(r#"{"type":"a","depth":0}"#).unwrap_err().to_string();
+        assert!(error.starts_with("depth: "), "{error}");
+        let made = read(r#"{"type":"a","metadata":{"depth":9}}"#).unwrap();
+        assert_eq!((made.depth, made.caused_by), (0, None));
+    }
+
     #[test]
     fn an_error_in_a_batch_names_the_entry() {
         let error = at(3, read(r#"{"type":"a b"}"#).unwrap_err()).to_string();

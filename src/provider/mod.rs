@@ -265,6 +265,17 @@ pub struct Claimed {
     /// How long until the next delivery of a wanted subscription becomes due, or a lease on one expires; `None` when
     /// nothing is waiting for a time. At most as late as the truth: it may be early.
     pub next_due: Option<Duration>,
+    /// The leases that this call took away because they had expired, each recorded as an attempt that was lost.
+    pub lost: Vec<Lost>,
+}
+
+/// A lease that had expired.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lost {
+    /// The claim that no longer holds.
+    pub key: LeaseKey,
+    /// What became of its delivery: [`Next::Retry`], or [`Next::Fail`] when it was lost once too often.
+    pub next: Next,
 }
 
 /// A worker's fenced, expiring claim on a delivery.

@@ -472,6 +472,75 @@ async fn effects_commit_with_success_only_and_once() {
     assert_eq!(seen.load(Ordering::SeqCst), 1);
 }
 
+/// Two handlers that publish what the other one subscribes to. "A loop between handlers goes on for ever."
+#[tokio::test(start_paused = true)]
+async fn a_ring_of_handlers_ends_at_the_depth_limit_with_its_chain_named() {
+    let mut rig = Rig::with(Options { max_depth: 3, ..options() }, memory::Options::default()).await;
+    let made = calls();
+    let ring = native({
+        let made = Arc::clone(&made);
+        move |call: Call| {
+            made.fetch_add(1, Ordering::SeqCst);
+            let next = if call.event.event_type.as_str() == "ring.a" { "ring.b" } else { "ring.a" };
+            let publish = Publish {
+                event_type: next.parse().unwrap(),
+                payload: Payload::default(),
+                key: None,
+                metadata: tidegate::event::Metadata::new(),
+            };
+            let write = KvWrite { bucket: "kv/ring/n".into(), key: "n".into(), change: KvChange::Increment { by: 1 } };
+            async move { Ok(Success { reply: None, effects: Effects { published: vec![publish], writes: vec![write] } }) }
+        }
+    });
+    rig.on("ring", "ring.*", ring).await;
+    let first = rig.handled(event("ring.a")).await;
+    assert_eq!(first.record.status, Status::Completed, "its own handler did nothing wrong");
+    rig.stop().await;
+
+    let page = rig.broker.events(&EventFilter { limit: 10, ..Default::default() }).await.unwrap();
+    let events: Vec<_> = page.records.iter().rev().map(|record| &record.event).collect();
+    assert_eq!(events.iter().map(|event| event.depth).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    for pair in events.windows(2) {
+        assert_eq!(pair[1].caused_by.as_ref(), Some(&pair[0].id));
+    }
+    let dead = rig.broker.dead_letters(&DeadLetterFilter { limit: 10, ..Default::default() }).await.unwrap();
+    let [letter] = &dead.letters[..] else { panic!("one dead letter: {dead:?}") };
+    assert_eq!((&letter.event.event.id, letter.delivery.attempts.len()), (&events[3].id, 1), "and no other attempt");
+    let attempt = &letter.delivery.attempts[0];
+    let fault = attempt.error.as_ref().unwrap();
+    assert_eq!((attempt.verdict, fault.code.as_str()), (Verdict::Denied, "too-deep"));
+    let words = "more than 3 events that handlers published (limits.max_depth): ring.a → ring.b → ring.a → ring.b";
+    assert!(fault.message.contains(words), "{}", fault.message);
+    let named: Vec<_> = fault.details.iter().map(|(_, id)| id.as_str()).collect();
+    assert_eq!(named, events.iter().map(|event| event.id.as_str()).collect::<Vec<_>>());
+    assert_eq!(made.load(Ordering::SeqCst), 4);
+    let counted = rig.provider.document("kv/ring/n", "n").await.unwrap().unwrap();
+    assert_eq!(counted.value, "3", "what the refused attempt wrote is gone");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_chain_of_which_the_store_has_forgotten_the_beginning_is_named_as_far_as_it_is_known() {
+    let rig = Rig::with(Options { max_depth: 9, ..options() }, memory::Options::default()).await;
+    rig.on(
+        "again",
+        "again",
+        native(|_| async {
+            let publish = Publish {
+                event_type: "again".parse()?,
+                payload: Payload::default(),
+                key: None,
+                metadata: tidegate::event::Metadata::new(),
+            };
+            Ok(Success { reply: None, effects: Effects { published: vec![publish], writes: Vec::new() } })
+        }),
+    )
+    .await;
+    let deep = Event { depth: 9, caused_by: Some("gone".parse().unwrap()), ..event("again") };
+    let detail = rig.handled(deep).await;
+    let error = detail.record.error.unwrap();
+    assert!(error.contains("limits.max_depth): … → again"), "{error}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_write_that_cannot_be_applied_is_a_host_fault_and_leaves_nothing() {
     let rig = Rig::start().await;

@@ -38,7 +38,7 @@ const FAULTS: &str = r#"
 const GRANTS: &str = r#"
     grants = { kv = ["faults"], events = ["faulty.**"], config = ["greeting", "other"] }
     config = { greeting = "hello" }
-    limits = { fuel = 1000000000000 }
+    limits = { fuel = 1000000000000, host_calls = 1000000000000 }
 "#;
 
 /// The misbehaving guest with this much added to its manifest.
@@ -218,7 +218,8 @@ async fn a_guest_that_waits_for_the_host_is_ended_by_the_timer() {
     let payload = json!({"fault": "kv-get", "key": "k"});
     let waiting = Call { kv: Arc::new(Gate::default()), timeout: Duration::from_millis(20), ..call(&payload) };
     let outcome = handler.handle(waiting).await;
-    assert_eq!(outcome.verdict, Verdict::Timeout, "{outcome:?}");
+    assert_eq!((outcome.verdict, code(&outcome)), (Verdict::Timeout, "timeout"), "{outcome:?}");
+    assert!(outcome.trace.digest.is_some() && outcome.trace.fuel.is_some_and(|fuel| fuel > 0), "{outcome:?}");
 }
 
 /// Invariant 6: a memory hog ends that attempt only.
@@ -332,13 +333,86 @@ async fn what_is_not_granted_is_denied() {
     assert!(outcome.fault.unwrap().message.contains("greeting"));
 }
 
+const TIGHT: &str = r#"
+    [limits]
+    published_events = 3
+    published_bytes = "1KiB"
+    kv_operations = 3
+    kv_bytes = "1KiB"
+    host_calls = 50
+    reply = "1KiB"
+"#;
+
+/// What a guest reaches of its limits, and what one step more is answered with. Beyond them nothing is left of the
+/// attempt.
 #[tokio::test]
-async fn an_attempt_publishes_no_more_than_its_limit() {
+async fn every_limit_is_held_against_a_guest_that_passes_it() {
+    let repeat = |times: usize, step: Value| json!({"fault": "repeat", "times": times, "step": step});
+    let get = |key: &str| json!({"fault": "kv-get", "key": key});
+    let set = |bytes: usize| json!({"fault": "kv-set", "key": "k", "value": "v".repeat(bytes)});
+    let increment = || json!({"fault": "kv-increment", "key": "n", "by": 1});
+    let publish = |count: usize, bytes: usize| json!({"fault": "publish", "count": count, "bytes": bytes});
+    let reply = |bytes: usize| json!({"fault": "reply", "bytes": bytes});
+    let log = |lines: usize| json!({"fault": "log", "lines": lines});
+    let rows = [
+        (publish(3, 0), publish(4, 0), Verdict::Reject, "too-many", "3 events (limits.published_events)"),
+        (publish(2, 480), publish(3, 480), Verdict::Reject, "too-large", "1.0 KiB of events (limits.published_bytes)"),
+        (repeat(3, get("none")), repeat(4, get("none")), Verdict::Reject, "too-many", "3 times (limits.kv_operations)"),
+        (repeat(3, set(1)), repeat(4, set(1)), Verdict::Reject, "too-many", "limits.kv_operations"),
+        (repeat(3, increment()), repeat(4, increment()), Verdict::Reject, "too-many", "limits.kv_operations"),
+        (repeat(2, set(511)), repeat(3, set(511)), Verdict::Reject, "too-large", "(limits.kv_bytes)"),
+        (repeat(2, get("half")), repeat(3, get("half")), Verdict::Reject, "too-large", "(limits.kv_bytes)"),
+        (reply(1024), reply(1025), Verdict::Reject, "reply-too-large", "limit of 1024"),
+        (log(50), log(51), Verdict::OutOfFuel, "too-many-host-calls", "50 times (limits.host_calls)"),
+    ];
+    let half: HashMap<String, Bytes> = [("half".to_owned(), Bytes::from(vec![b'h'; 512]))].into();
     let host = host();
-    let handler = loaded(&host, "[limits]\npublished_events = 3\n").await;
-    assert_eq!(attempt(&handler, json!({"fault": "publish", "count": 3})).await.effects.published.len(), 3);
-    let outcome = attempt(&handler, json!({"fault": "publish", "count": 4})).await;
-    assert_eq!((outcome.verdict, code(&outcome)), (Verdict::Reject, "too-many"));
+    let handler = loaded(&host, TIGHT).await;
+    for (within, beyond, verdict, expected, words) in rows {
+        let with = |payload: &Value| Call { kv: Arc::new(Values(half.clone())), ..call(payload) };
+        let outcome = handler.handle(with(&within)).await;
+        assert_eq!(outcome.verdict, Verdict::Ok, "{within}: {outcome:?}");
+        let outcome = handler.handle(with(&beyond)).await;
+        assert_eq!((outcome.verdict, code(&outcome)), (verdict, expected), "{beyond}: {outcome:?}");
+        assert!(outcome.fault.as_ref().unwrap().message.contains(words), "{outcome:?}");
+        assert!(outcome.effects.writes.is_empty() && outcome.effects.published.is_empty(), "{outcome:?}");
+    }
+}
+
+/// The operator's limits are wider here than the server's defaults, and a manifest's own are not obeyed beyond them.
+#[tokio::test]
+async fn the_stricter_of_operator_and_manifest_counts() {
+    let mut options = Options::default();
+    let own = GRANTS.replace("limits = {", "limits = { kv_operations = 2, published_events = 200,");
+    options.plugins.insert("faults".to_owned(), toml::from_str(&own).unwrap());
+    let host = Host::new(options, None).unwrap();
+    let handler = loaded(&host, "[limits]\nkv_operations = 5\npublished_events = 150\n").await;
+    let publish = |count: usize| json!({"fault": "publish", "count": count});
+    let get = |times: usize| json!({"fault": "repeat", "times": times, "step": {"fault": "kv-get", "key": "k"}});
+    for (payload, expected) in [(publish(150), ""), (publish(151), "too-many"), (get(2), ""), (get(3), "too-many")] {
+        assert_eq!(code(&attempt(&handler, payload.clone()).await), expected, "{payload}");
+    }
+}
+
+#[tokio::test]
+async fn an_event_larger_than_the_server_takes_is_refused_where_it_is_published() {
+    let mut options = Options { max_payload: 1024, ..Options::default() };
+    options.plugins.insert("faults".to_owned(), toml::from_str(GRANTS).unwrap());
+    let handler = loaded(&Host::new(options, None).unwrap(), "").await;
+    let outcome = attempt(&handler, json!({"fault": "publish", "count": 1, "bytes": 1024})).await;
+    assert_eq!((outcome.verdict, code(&outcome)), (Verdict::Reject, "too-large"), "{outcome:?}");
+    let fault = outcome.fault.unwrap();
+    assert!(fault.message.contains("payload") && fault.message.contains("1024"), "{fault:?}");
+}
+
+/// A guest that does nothing but call the host uses next to no fuel, and would keep the host busy until its time is up.
+#[tokio::test]
+async fn a_guest_that_only_calls_the_host_is_ended_by_its_calls() {
+    let host = host();
+    let handler = loaded(&host, "[limits]\nhost_calls = 1000\n").await;
+    let outcome = attempt(&handler, json!({"fault": "loop-in-host"})).await;
+    assert_eq!((outcome.verdict, code(&outcome)), (Verdict::OutOfFuel, "too-many-host-calls"), "{outcome:?}");
+    assert!(outcome.trace.backtrace.iter().any(|frame| frame.contains("::perform")), "{outcome:?}");
 }
 
 #[tokio::test]

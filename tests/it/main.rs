@@ -16,3 +16,4 @@ mod host;
 mod house;
 mod restart;
 mod support;
+mod verdicts;

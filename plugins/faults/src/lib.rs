@@ -30,7 +30,7 @@ enum Fault {
     Loop {},
     /// Never returns, and calls the host all the time.
     LoopInHost {},
-    /// Keeps busy for this long by the host's clock, then succeeds. Cheap in fuel: it asks the host all the time.
+    /// Keeps busy for this long by the host's clock, then succeeds.
     Spin { ms: u64 },
     /// Recurses with local arrays, until the stack in the guest's own memory is exhausted.
     StackOverflow {},
@@ -46,12 +46,14 @@ enum Fault {
     Reject { code: Option<String> },
     /// Panics with a message of this many bytes.
     Panic { bytes: Option<usize> },
-    /// Logs this many lines of this many bytes.
-    Log { lines: usize, bytes: Option<usize> },
+    /// Logs this many lines of this many bytes, or of this text.
+    Log { lines: usize, bytes: Option<usize>, text: Option<String> },
     /// Replies with this many bytes.
     Reply { bytes: usize },
-    /// Publishes this many events.
-    Publish { count: usize, event_type: Option<String> },
+    /// Publishes this many events, with this many bytes of padding in each.
+    Publish { count: usize, bytes: Option<usize>, event_type: Option<String> },
+    /// Publishes one event with its own payload: whoever subscribes to that type does the same.
+    Republish { event_type: Option<String> },
     /// Writes one value.
     KvSet { bucket: Option<String>, key: String, value: String },
     /// Adds to a number and replies with the sum.
@@ -60,13 +62,21 @@ enum Fault {
     KvGet { bucket: Option<String>, key: String },
     /// Forgets a key.
     KvDelete { bucket: Option<String>, key: String },
+    /// Replies with the value of a setting; one that was not requested ends the attempt.
+    Setting { key: String },
     /// Replies with what the host says about the attempt and the event.
     Facts {},
     /// Replies with how many events this instance has handled, this one included.
     Instance {},
     /// One after the other, until one fails. The last reply counts.
     Steps { steps: Vec<Fault> },
+    /// The same so many times, until it fails.
+    Repeat { times: usize, step: Box<Fault> },
 }
+
+/// What is published, and written to key-value data, unless the payload says otherwise.
+const EVENT_TYPE: &str = "faulty.events.create";
+const BUCKET: &str = "faults";
 
 /// Events that this instance has handled.
 static HANDLED: AtomicU32 = AtomicU32::new(0);
@@ -79,7 +89,7 @@ fn misbehave(event: Event) -> Result<Option<Reply>, Failure> {
     if serde_json::from_slice::<serde::de::IgnoredAny>(&event.payload).is_err() {
         return Ok(Some(Reply::new("application/octet-stream", event.payload)));
     }
-    perform(event.json()?, &event)
+    perform(&event.json()?, &event)
 }
 
 /// Misbehaves before it is put to work, as the setting `self-check` says.
@@ -92,7 +102,7 @@ fn check() -> Result<(), String> {
     }
 }
 
-fn perform(fault: Fault, event: &Event) -> Result<Option<Reply>, Failure> {
+fn perform(fault: &Fault, event: &Event) -> Result<Option<Reply>, Failure> {
     match fault {
         Fault::None {} => {}
         Fault::Echo {} => return Ok(Some(Reply::new(event.content_type.clone(), event.payload.clone()))),
@@ -101,7 +111,7 @@ fn perform(fault: Fault, event: &Event) -> Result<Option<Reply>, Failure> {
         Fault::LoopInHost {} => loop {
             black_box(delivery::attempt());
         },
-        Fault::Spin { ms } => spin(Duration::from_millis(ms)),
+        Fault::Spin { ms } => spin(Duration::from_millis(*ms)),
         Fault::StackOverflow {} => {
             black_box(recurse(0));
         }
@@ -109,57 +119,67 @@ fn perform(fault: Fault, event: &Event) -> Result<Option<Reply>, Failure> {
             black_box(descend(0));
         }
         Fault::Memory { mib } => hoard(mib.unwrap_or(usize::MAX)),
-        Fault::Fail { times } if delivery::attempt() <= times => {
+        Fault::Fail { times } if delivery::attempt() <= *times => {
             return Err(
                 Failure::retry("not-yet", format!("fails {times} times")).detail("attempt", delivery::attempt())
             );
         }
         Fault::Fail { .. } => {}
-        Fault::Retry { after_ms, code } => return Err(retry(after_ms, code)),
+        Fault::Retry { after_ms, code } => return Err(retry(*after_ms, code.as_deref())),
         Fault::Reject { code } => {
-            return Err(Failure::reject(code.unwrap_or_else(|| "refused".to_owned()), "asked to reject")
-                .detail("event", &event.id));
+            return Err(
+                Failure::reject(code.as_deref().unwrap_or("refused"), "asked to reject").detail("event", &event.id)
+            );
         }
         Fault::Panic { bytes } => break_out::panic_with(&"p".repeat(bytes.unwrap_or(16))),
-        Fault::Log { lines, bytes } => {
-            let text = "l".repeat(bytes.unwrap_or(64));
-            (0..lines).for_each(|line| log::emit(log::Level::Info, &text, &[("line", &line)]));
+        Fault::Log { lines, bytes, text } => {
+            let text = text.clone().unwrap_or_else(|| "l".repeat(bytes.unwrap_or(64)));
+            (0..*lines).for_each(|line| log::emit(log::Level::Info, &text, &[("line", &line)]));
         }
-        Fault::Reply { bytes } => return Ok(Some(Reply::new("application/octet-stream", vec![b'r'; bytes]))),
-        Fault::Publish { count, event_type } => {
-            let event_type = event_type.as_deref().unwrap_or("faulty.events.create");
-            for n in 0..count {
-                events::publish(event_type, &json!({ "n": n }))?;
+        Fault::Reply { bytes } => return Ok(Some(Reply::new("application/octet-stream", vec![b'r'; *bytes]))),
+        Fault::Publish { count, bytes, event_type } => {
+            let padding = "p".repeat(bytes.unwrap_or(0));
+            for n in 0..*count {
+                events::publish(event_type.as_deref().unwrap_or(EVENT_TYPE), &json!({ "n": n, "padding": padding }))?;
             }
         }
-        Fault::KvSet { bucket, key, value } => kv::bucket(name(&bucket)).set(&key, value)?,
+        Fault::Republish { event_type } => {
+            let event_type = event_type.as_deref().unwrap_or(EVENT_TYPE);
+            events::publish_bytes(event_type, &event.content_type, event.payload.clone(), &[])?;
+        }
+        Fault::KvSet { bucket, key, value } => kv::bucket(name(bucket)).set(key, value.as_str())?,
         Fault::KvIncrement { bucket, key, by } => {
-            return Reply::json(&kv::bucket(name(&bucket)).increment(&key, by)?).map(Some);
+            return Reply::json(&kv::bucket(name(bucket)).increment(key, *by)?).map(Some);
         }
         Fault::KvGet { bucket, key } => {
-            let value = kv::bucket(name(&bucket)).get(&key)?;
+            let value = kv::bucket(name(bucket)).get(key)?;
             return Reply::json(&value.map(|bytes| String::from_utf8_lossy(&bytes).into_owned())).map(Some);
         }
-        Fault::KvDelete { bucket, key } => kv::bucket(name(&bucket)).delete(&key)?,
+        Fault::KvDelete { bucket, key } => kv::bucket(name(bucket)).delete(key)?,
+        Fault::Setting { key } => return Reply::json(&config::get(key)).map(Some),
         Fault::Facts {} => return facts(event).map(Some),
         Fault::Instance {} => return Reply::json(&HANDLED.load(Ordering::Relaxed)).map(Some),
-        Fault::Steps { steps } => {
-            let mut reply = None;
-            for step in steps {
-                reply = perform(step, event)?.or(reply);
-            }
-            return Ok(reply);
-        }
+        Fault::Steps { steps } => return in_turn(steps, event),
+        Fault::Repeat { times, step } => return in_turn(std::iter::repeat_n(&**step, *times), event),
     }
     Ok(None)
 }
 
-fn name(bucket: &Option<String>) -> &str {
-    bucket.as_deref().unwrap_or("faults")
+/// One after the other, until one fails. The last reply counts.
+fn in_turn<'a>(steps: impl IntoIterator<Item = &'a Fault>, event: &Event) -> Result<Option<Reply>, Failure> {
+    let mut reply = None;
+    for step in steps {
+        reply = perform(step, event)?.or(reply);
+    }
+    Ok(reply)
 }
 
-fn retry(after_ms: Option<u64>, code: Option<String>) -> Failure {
-    let failure = Failure::retry(code.unwrap_or_else(|| "again".to_owned()), "asked to retry");
+fn name(bucket: &Option<String>) -> &str {
+    bucket.as_deref().unwrap_or(BUCKET)
+}
+
+fn retry(after_ms: Option<u64>, code: Option<&str>) -> Failure {
+    let failure = Failure::retry(code.unwrap_or("again"), "asked to retry");
     match after_ms {
         Some(ms) => failure.after(Duration::from_millis(ms)),
         None => failure,
@@ -189,10 +209,15 @@ fn loop_without_end() -> ! {
     }
 }
 
-/// The only clock of a guest is what the host says is left of the attempt.
+/// The only clock of a guest is what the host says is left of the attempt. Asked now and then, since host calls are
+/// limited too.
 fn spin(length: Duration) {
     let end = delivery::remaining().saturating_sub(length);
-    while delivery::remaining() > end {}
+    while delivery::remaining() > end {
+        for turn in 0..10_000_u32 {
+            black_box(turn);
+        }
+    }
 }
 
 /// Not a tail call, and with a frame that cannot be left out.
@@ -275,6 +300,17 @@ mod tests {
     #[test]
     fn an_unknown_fault_is_rejected() {
         assert_eq!(deliver(&host(), &json!({"fault": "melt"})).unwrap_err().code(), "invalid-payload");
+    }
+
+    #[test]
+    fn what_is_repeated_is_done_so_many_times() {
+        let host = host();
+        let step = json!({"fault": "kv-increment", "key": "n", "by": 3});
+        let reply = deliver(&host, &json!({"fault": "repeat", "times": 4, "step": step})).unwrap().unwrap();
+        assert_eq!(reply.body, b"12");
+        let again = json!({"fault": "republish", "event_type": "faulty.chain.next"});
+        deliver(&host, &again).unwrap();
+        assert_eq!(host.published()[0].json::<Value>().unwrap(), again);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Publishing events from a handler. The types must be requested in `plugin.toml` (`events = ["shop.totals.*"]`).
 //!
 //! What an attempt publishes is published when it succeeds, together with what it wrote, or not at all. Do not publish
-//! the type that you subscribe to without a way out: that is a loop.
+//! the type that you subscribe to without a way out: that is a loop, and the host ends it as one.
 
 use serde::Serialize;
 

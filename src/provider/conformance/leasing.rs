@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::scene::{LEASE, Scene, attempt, ended_by, event, event_with_key, forged, request, retry, seqs};
 use crate::delivery::{Next, Status, Verdict};
-use crate::provider::Settled;
+use crate::provider::{Lost, Settled};
 use crate::subscription::Ordering;
 
 const NANO: Duration = Duration::from_micros(1);
@@ -58,7 +58,9 @@ pub async fn an_expired_lease_goes_to_the_next_claim_as_lost(scene: Scene) {
     scene.advance(LEASE - NANO).await;
     assert!(scene.claim("s", 1).await.is_empty());
     scene.advance(NANO * 2).await;
-    let second = scene.claim_one("s").await;
+    let claimed = scene.claim_with(&request(&[("t", 1), ("s", 1)], Ordering::None)).await;
+    assert_eq!(claimed.lost, [Lost { key: first.key.clone(), next: retry(0) }]);
+    let second = &claimed.leases[0];
     assert_ne!(first.key.token, second.key.token);
     assert_eq!((second.attempt, second.number, second.infra_faults), (1, 2, 1));
     assert!(second.age > LEASE);
@@ -68,7 +70,7 @@ pub async fn an_expired_lease_goes_to_the_next_claim_as_lost(scene: Scene) {
     let lost = &delivery.attempts[0];
     assert_eq!((lost.number, lost.verdict, &*lost.worker), (1, Verdict::Lost, "worker-1"));
     assert_eq!(lost.error.as_ref().map(|fault| fault.code.as_str()), Some("lost"));
-    scene.end(&second, Next::Complete).await;
+    scene.end(second, Next::Complete).await;
     assert_eq!(scene.detail(&id).await.record.status, Status::Completed);
 }
 
@@ -112,7 +114,9 @@ pub async fn the_fourth_lost_lease_makes_a_dead_letter(scene: Scene) {
         assert_eq!(scene.claim_one("s").await.infra_faults, faults);
         scene.advance(LEASE + NANO).await;
     }
-    assert!(scene.claim("s", 1).await.is_empty());
+    let claimed = scene.claim_with(&request(&[("s", 1)], Ordering::None)).await;
+    assert!(claimed.leases.is_empty());
+    assert_eq!(claimed.lost.iter().map(|lost| lost.next).collect::<Vec<_>>(), [Next::Fail]);
     let detail = scene.detail(&id).await;
     let delivery = &detail.deliveries[0];
     assert_eq!((delivery.status, delivery.attempts.len(), delivery.retry_count), (Status::Failed, 4, 3));

@@ -105,6 +105,7 @@ fn full_event() -> Event {
     event.metadata.insert("roles".into(), serde_json::json!(["admin", 1.5, null]));
     event.trace_parent = Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into());
     event.caused_by = Some(EventId::random());
+    event.depth = 3;
     event
 }
 

@@ -181,6 +181,7 @@ pub async fn what_a_success_publishes_and_writes_commits_with_it(scene: Scene) {
     let lease = scene.claim_one("s").await;
     let mut child = event_with_id("child");
     child.caused_by = Some(id.clone());
+    child.depth = 1;
     let settlement = Settlement {
         published: appends(vec![child, event_with_id("lonely")], &["t"]),
         writes: vec![set("k", "v"), write("n", KvChange::Increment { by: 3 })],
@@ -189,7 +190,7 @@ pub async fn what_a_success_publishes_and_writes_commits_with_it(scene: Scene) {
     assert_eq!(scene.settle(settlement).await, Settled::Done { event_open: false });
     let leases = scene.claim("t", 9).await;
     assert_eq!(leases.iter().map(|lease| lease.key.seq).collect::<Vec<_>>(), [2, 3]);
-    assert_eq!(leases[0].event.caused_by, Some(id));
+    assert_eq!((leases[0].event.caused_by.as_ref(), leases[0].event.depth), (Some(&id), 1));
     assert_eq!(scene.text("b", "k").await.as_deref(), Some("v"));
     assert_eq!(scene.text("b", "n").await.as_deref(), Some("3"));
 }

@@ -18,7 +18,9 @@ use super::work::as_micros;
 use crate::delivery::{Attempt, Next, Status};
 use crate::error::{Error, Result};
 use crate::event::{Event, Seq, micros};
-use crate::provider::{Append, Appended, ClaimRequest, Claimed, Lease, LeaseKey, Settled, Settlement, Want, rules};
+use crate::provider::{
+    Append, Appended, ClaimRequest, Claimed, Lease, LeaseKey, Lost, Settled, Settlement, Want, rules,
+};
 use crate::subscription::Ordering;
 
 /// The contents of the store.
@@ -160,7 +162,7 @@ impl State {
         for want in &request.wants {
             let index = self.lines.index(&want.subscription);
             self.set_ordering(index, want.ordering, now);
-            self.expire_leases(index, now);
+            self.expire_leases(index, now, &mut claimed.lost);
             self.take(index, want, request, now, &mut claimed.leases);
             let time = self.lines.get(index).and_then(|line| line.next_time());
             next_time = next_time.into_iter().chain(time).min();
@@ -188,7 +190,7 @@ impl State {
         }
     }
 
-    fn expire_leases(&mut self, index: usize, now: i64) {
+    fn expire_leases(&mut self, index: usize, now: i64, lost: &mut Vec<Lost>) {
         while let Some((seq, token)) = self.lines.get(index).and_then(|line| line.pop_expired(now)) {
             let Some(work) = self.log.get(seq).and_then(|slot| slot.work(index)) else { continue };
             if !work.is_held(token) || work.lease_end > now {
@@ -198,6 +200,9 @@ impl State {
             let attempt = rules::lost_attempt(work.number(), worker, micros(work.claimed_at), micros(now));
             let next = rules::lost_next(work.infra_faults + 1);
             self.end(index, seq, next, Some(attempt), now);
+            if let Some(subscription) = self.lines.get(index).map(|line| Arc::clone(&line.name)) {
+                lost.push(Lost { key: LeaseKey { seq, subscription, token }, next });
+            }
         }
     }
 

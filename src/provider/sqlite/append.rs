@@ -21,8 +21,8 @@ const KNOWN: Values = Values {
 };
 const EVENTS: Values = Values {
     head: "INSERT INTO events (seq, id, type, source, created_at, appended_at, key, user_id, session_id, instance_id, \
-           schema, entity, operation, metadata, trace_parent, caused_by, content_type, payload) VALUES",
-    columns: 18,
+           schema, entity, operation, metadata, trace_parent, caused_by, content_type, payload, depth) VALUES",
+    columns: 19,
     tail: "ON CONFLICT (id) DO NOTHING",
 };
 const DELIVERIES: Values =

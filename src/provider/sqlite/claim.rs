@@ -11,8 +11,9 @@ use super::row::{EVENT_COLUMNS, counter, delivery_id, event, seq_of, unsigned};
 use super::settle::End;
 use super::statement::{Values, json_list};
 use super::writer::{Step, Tx, as_micros};
+use crate::delivery::Next;
 use crate::event::micros;
-use crate::provider::{ClaimRequest, Claimed, Lease, LeaseKey, Want, rules};
+use crate::provider::{ClaimRequest, Claimed, Lease, LeaseKey, Lost, Want, rules};
 use crate::subscription::Ordering;
 
 const LOOK: Values = Values {
@@ -101,13 +102,15 @@ impl Tx<'_> {
             wants.push((at as i64, self.subscription(&want.subscription).await?));
         }
         let mut looks = self.look(&wants).await?;
+        let mut claimed = Claimed::default();
         if looks.iter().any(|look| look.is_past(self.now)) {
             for look in &looks {
-                self.catch_up(look).await?;
+                if let Some(want) = request.wants.get(look.at) {
+                    claimed.lost.extend(self.catch_up(look, want).await?);
+                }
             }
             looks = self.look(&wants).await?;
         }
-        let mut claimed = Claimed::default();
         let mut begun = BTreeMap::new();
         for look in looks.iter().filter(|look| look.is_ready) {
             if let Some(want) = request.wants.get(look.at) {
@@ -137,13 +140,13 @@ impl Tx<'_> {
     }
 
     /// Makes ready what has become due, and takes away leases that have expired.
-    async fn catch_up(&mut self, look: &Look) -> Step<()> {
+    async fn catch_up(&mut self, look: &Look, want: &Want) -> Step<Vec<Lost>> {
         if look.due.is_some_and(|due| due <= self.now) {
             let ready = "UPDATE deliveries SET stage = 0 WHERE subscription = ? AND stage = 1 AND due <= ?";
             sqlx::query(ready).bind(look.subscription).bind(self.now).execute(&mut *self.connection).await?;
         }
         if look.lease_end.is_none_or(|end| end > self.now) {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let expired = "SELECT id, token, number, infra, worker, claimed_at FROM deliveries \
                        WHERE subscription = ? AND stage = 2 AND lease_end <= ?";
@@ -153,11 +156,14 @@ impl Tx<'_> {
             let (number, infra) = (counter(row, 2)? + 1, counter(row, 3)? + 1);
             let worker = row.try_get::<Option<&str>, _>(4)?.unwrap_or_default().into();
             let attempt = rules::lost_attempt(number, worker, micros(row.try_get(5)?), micros(now));
-            Ok(End::new(row.try_get(0)?, row.try_get(1)?, rules::lost_next(infra), Some(&attempt), now))
+            let (id, token, next): (i64, i64, Next) = (row.try_get(0)?, row.try_get(1)?, rules::lost_next(infra));
+            let subscription = Arc::clone(&want.subscription);
+            let key = LeaseKey { seq: seq_of(id), subscription, token: token.cast_unsigned() };
+            Ok((End::new(id, token, next, Some(&attempt), now), Lost { key, next }))
         });
-        let lost = lost.collect::<sqlx::Result<Vec<End>>>()?;
-        self.end(&lost).await?;
-        Ok(())
+        let (ends, lost): (Vec<End>, Vec<Lost>) = lost.collect::<sqlx::Result<Vec<_>>>()?.into_iter().unzip();
+        self.end(&ends).await?;
+        Ok(lost)
     }
 
     async fn take(&mut self, subscription: i64, want: &Want, begun: &mut BTreeMap<i64, i64>) -> Step<Vec<Lease>> {

@@ -105,7 +105,7 @@ impl Tx<'_> {
     async fn erase(&mut self, id: &str) -> Step<u64> {
         let blank = "UPDATE events SET type = NULL, source = NULL, appended_at = NULL, key = NULL, user_id = NULL, \
             session_id = NULL, instance_id = NULL, schema = NULL, entity = NULL, operation = NULL, metadata = NULL, \
-            trace_parent = NULL, caused_by = NULL, content_type = NULL, payload = NULL \
+            trace_parent = NULL, caused_by = NULL, depth = 0, content_type = NULL, payload = NULL \
             WHERE id = ? AND type IS NOT NULL RETURNING seq";
         // What is freed is overwritten too, not only forgotten.
         sqlx::query("PRAGMA secure_delete = ON").execute(&mut *self.connection).await?;

@@ -51,7 +51,7 @@ fn count(number: i64) -> u32 {
 /// The columns of an event, in the order in which [`bind_event`] and [`event`] have them.
 pub(super) const EVENT_COLUMNS: &str = "e.seq, e.id, e.type, e.source, e.created_at, e.appended_at, e.key, e.user_id, \
     e.session_id, e.instance_id, e.schema, e.entity, e.operation, e.metadata, e.trace_parent, e.caused_by, \
-    e.content_type, e.payload";
+    e.content_type, e.payload, e.depth";
 
 /// Binds an event as a row.
 pub(super) fn bind_event(event: &Event, seq: Seq, now: i64, to: &mut Parameters) {
@@ -68,6 +68,7 @@ pub(super) fn bind_event(event: &Event, seq: Seq, now: i64, to: &mut Parameters)
     to.add(event.entity.as_deref()).add(event.operation.as_deref()).add(metadata);
     to.add(event.trace_parent.as_deref()).add(event.caused_by.as_ref().map(EventId::as_str));
     to.add((!event.payload.is_json()).then(|| event.payload.content_type())).add(&**event.payload.bytes());
+    to.add(i64::from(event.depth));
 }
 
 fn broken(error: impl Into<sqlx::error::BoxDynError>) -> sqlx::Error {
@@ -112,6 +113,7 @@ pub(super) fn event(row: &SqliteRow, at: usize) -> sqlx::Result<Event> {
         metadata,
         trace_parent: text(14)?,
         caused_by: caused_by.map(EventId::parse).transpose().map_err(broken)?,
+        depth: counter(row, at + 18)?,
         payload: Payload::stored(row.try_get::<Option<&str>, _>(at + 16)?.unwrap_or(crate::event::JSON), body),
     })
 }
@@ -151,7 +153,7 @@ pub(super) fn attempt(json: &str) -> sqlx::Result<Attempt> {
     serde_json::from_str(json).map_err(broken)
 }
 
-/// A counter of a delivery.
+/// A counter.
 pub(super) fn counter(row: &SqliteRow, at: usize) -> sqlx::Result<u32> {
     row.try_get(at).map(count)
 }

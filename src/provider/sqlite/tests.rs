@@ -165,6 +165,22 @@ async fn a_newer_schema_and_a_foreign_database_are_refused() {
 }
 
 #[tokio::test]
+async fn a_database_of_the_first_schema_opens_with_its_events() {
+    let file = File::new();
+    std::fs::write(file.folder.path().join("t.db"), b"").unwrap();
+    let first = concat!(
+        include_str!("schema.sql"),
+        "PRAGMA application_id = 0x74696465; PRAGMA user_version = 1; PRAGMA journal_mode = wal;",
+        "INSERT INTO head VALUES (1, 1, 0, 1, 0, 'epoch');",
+        "INSERT INTO events (seq, id, type, source, created_at, appended_at, instance_id, caused_by, payload) \
+         VALUES (1, 'kept', 'a.b', 0, 1, 1, 'here', 'cause', x'31');"
+    );
+    sqlx::raw_sql(first).execute(&mut raw(&file).await).await.unwrap();
+    let kept = file.provider().await.get("kept").await.unwrap().unwrap().record.event;
+    assert_eq!((kept.seq, &kept.payload.bytes()[..], kept.depth), (Some(1), &b"1"[..], 0));
+}
+
+#[tokio::test]
 async fn a_place_that_cannot_be_used_is_refused_with_the_reason() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| format!("sqlite://{}/{name}", folder.path().display());
