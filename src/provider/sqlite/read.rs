@@ -272,13 +272,12 @@ pub(super) async fn dead_letters(pool: &SqlitePool, filter: &DeadLetterFilter) -
 
 /// Figures, as of one instant.
 pub(super) async fn stats(pool: &SqlitePool) -> sqlx::Result<ProviderStats> {
-    let text = "SELECT h.head, h.pruned, h.total, \
-        (SELECT count(*) FROM progress WHERE status = 0), (SELECT count(*) FROM progress WHERE status = 1), \
-        (SELECT count(*) FROM progress WHERE status = 3), \
+    let text = "SELECT h.head, h.pruned, h.total, p.pending, p.processing, p.failed, \
         (SELECT count(*) FROM deliveries WHERE stage = 0 AND key IS NULL) \
         + (SELECT count(*) FROM deliveries WHERE stage = 0 AND key IS NOT NULL) + (SELECT count(*) FROM deliveries WHERE stage = 1), \
         (SELECT count(*) FROM deliveries WHERE stage = 2), (SELECT count(*) FROM deliveries WHERE stage = 4) \
-        FROM head h";
+        FROM head h, (SELECT count(*) FILTER (WHERE status = 0) AS pending, \
+        count(*) FILTER (WHERE status = 1) AS processing, count(*) FILTER (WHERE status = 3) AS failed FROM progress) p";
     let row = sqlx::query(text).fetch_one(pool).await?;
     let figure = |at: usize| row.try_get::<i64, _>(at).map(unsigned);
     let (pending, processing, failed) = (figure(3)?, figure(4)?, figure(5)?);

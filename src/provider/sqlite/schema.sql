@@ -82,7 +82,6 @@ CREATE TABLE progress (
     failed INTEGER NOT NULL DEFAULT 0,
     status INTEGER NOT NULL AS (CASE WHEN open = 0 THEN 3 WHEN begun = 0 THEN 0 ELSE 1 END) VIRTUAL
 );
-CREATE INDEX progress_by_status ON progress (status);
 
 CREATE TABLE documents (
     collection TEXT NOT NULL,
