@@ -170,6 +170,11 @@ impl EventId {
         Ok(Self(text.into()))
     }
 
+    /// The text, shared.
+    pub(crate) fn shared(&self) -> Arc<str> {
+        Arc::clone(&self.0)
+    }
+
     /// The id's text.
     #[must_use]
     pub fn as_str(&self) -> &str {

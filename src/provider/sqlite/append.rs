@@ -86,6 +86,9 @@ impl Tx<'_> {
             return Err(Trouble::Careful);
         }
         self.deliver(&numbered).await?;
+        for (seq, append) in &numbered {
+            self.recent.keep(*seq, append, now);
+        }
         Ok(base)
     }
 

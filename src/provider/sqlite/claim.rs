@@ -1,13 +1,14 @@
 //! Claiming and renewing.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row as _};
 
-use super::row::{EVENT_COLUMNS, counter, delivery_id, event, seq_of, unsigned};
+use super::recent::Stored;
+use super::row::{EVENT_COLUMNS, SUBSCRIPTION_BITS, counter, delivery_id, event, seq_of, signed, unsigned};
 use super::settle::End;
 use super::statement::{Values, json_list};
 use super::writer::{Step, Tx, as_micros};
@@ -26,24 +27,37 @@ const LOOK: Values = Values {
            (SELECT min(d.due) FROM deliveries d WHERE d.subscription = v.subscription AND d.stage = 1), \
            (SELECT min(d.lease_end) FROM deliveries d WHERE d.subscription = v.subscription AND d.stage = 2) FROM v",
 };
-const LEASE: Values = Values {
-    head: "WITH v(id, token, claimed_at, lease_end, worker) AS (VALUES",
-    columns: 5,
-    tail: ") UPDATE deliveries SET stage = 2, token = v.token, claimed_at = v.claimed_at, lease_end = v.lease_end, \
-           worker = v.worker, fresh = started_at IS NULL, started_at = coalesce(started_at, v.claimed_at) \
-           FROM v WHERE deliveries.id = v.id",
-};
-const BEGIN: Values = Values {
-    head: "WITH v(seq, begun) AS (VALUES",
-    columns: 2,
-    tail: ") UPDATE progress SET begun = progress.begun + v.begun FROM v WHERE progress.seq = v.seq",
-};
+/// A first claim begins an event.
+const BEGIN: &str = "UPDATE progress SET begun = begun + 1 WHERE seq IN (SELECT value FROM json_each(?))";
 const RENEW: Values = Values {
     head: "WITH v(id, token, lease_end) AS (VALUES",
     columns: 3,
     tail: ") UPDATE deliveries SET lease_end = v.lease_end FROM v \
            WHERE deliveries.id = v.id AND deliveries.stage = 2 AND deliveries.token = v.token RETURNING id, deliveries.token",
 };
+
+/// Leases the deliveries that a query gives: `?1` now, `?2` the leases' end, `?3` the worker, `?4` what makes tokens
+/// random, and `?5` on the query's own. Answers with ids, and whether each is as it was appended; to ask for more columns,
+/// which are mostly 0, would cost a quarter of it all.
+macro_rules! lease {
+    ($ids:literal) => {
+        concat!(
+            "UPDATE deliveries SET stage = 2, token = ?4 + id, claimed_at = ?1, lease_end = ?2, worker = ?3, ",
+            "fresh = started_at IS NULL, started_at = coalesce(started_at, ?1) WHERE id IN (",
+            $ids,
+            ") RETURNING id, fresh AND number = 0 AND NOT replay"
+        )
+    };
+}
+
+/// The oldest ready ones.
+const LEASE_OLDEST: &str = lease!(
+    "SELECT id FROM (SELECT id FROM deliveries WHERE subscription = ?5 AND stage = 0 AND key IS NULL \
+     ORDER BY id LIMIT ?6) UNION ALL SELECT id FROM (SELECT id FROM deliveries \
+     WHERE subscription = ?5 AND stage = 0 AND key IS NOT NULL ORDER BY id LIMIT ?6) ORDER BY id LIMIT ?6"
+);
+/// Those of a list.
+const LEASE_LIST: &str = lease!("SELECT value FROM json_each(?5)");
 
 /// The ready heads of all keys of a subscription.
 const KEY_BY_KEY: &str = "WITH RECURSIVE k(key) AS (\
@@ -54,20 +68,9 @@ const KEY_BY_KEY: &str = "WITH RECURSIVE k(key) AS (\
     WHERE h.subscription = ?1 AND h.key = k.key AND h.key IS NOT NULL AND h.stage < 3) \
     WHERE d.stage = 0 ORDER BY d.id LIMIT ?2";
 
-/// A query for deliveries whose ids `ids` gives, oldest first, with their events.
-fn with_events(ids: &str) -> String {
-    format!(
-        "SELECT d.id, d.tries, d.infra, d.number, d.replay, d.started_at IS NULL, {EVENT_COLUMNS} FROM ({ids}) r \
-         CROSS JOIN deliveries d ON d.id = r.id CROSS JOIN events e ON e.seq = d.id >> 20 ORDER BY d.id"
-    )
-}
-
 fn as_limit(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
-
-/// The columns before the event's.
-const OWN_COLUMNS: usize = 6;
 
 /// How a wanted subscription stands.
 struct Look {
@@ -94,6 +97,37 @@ impl Look {
     }
 }
 
+/// A delivery that was just leased.
+struct Leased {
+    id: i64,
+    token: u64,
+    past: Past,
+}
+
+/// What a delivery has behind it.
+struct Past {
+    /// Whether this is its first claim.
+    is_first: bool,
+    tries: u32,
+    infra: u32,
+    number: u32,
+    is_replay: bool,
+}
+
+impl Past {
+    const NONE: Self = Self { is_first: true, tries: 0, infra: 0, number: 0, is_replay: false };
+
+    fn read(row: &SqliteRow) -> sqlx::Result<Self> {
+        Ok(Self {
+            is_first: row.try_get(1)?,
+            tries: counter(row, 2)?,
+            infra: counter(row, 3)?,
+            number: counter(row, 4)?,
+            is_replay: row.try_get(5)?,
+        })
+    }
+}
+
 impl Tx<'_> {
     /// Leases what is ready.
     pub(super) async fn claim(&mut self, request: &ClaimRequest) -> Step<Claimed> {
@@ -111,19 +145,11 @@ impl Tx<'_> {
             }
             looks = self.look(&wants).await?;
         }
-        let mut begun = BTreeMap::new();
         for look in looks.iter().filter(|look| look.is_ready) {
             if let Some(want) = request.wants.get(look.at) {
-                claimed.leases.extend(self.take(look.subscription, want, &mut begun).await?);
+                claimed.leases.extend(self.take(request, look.subscription, want).await?);
             }
         }
-        self.lease(request, &wants, &claimed.leases).await?;
-        let begun: Vec<(i64, i64)> = begun.into_iter().collect();
-        BEGIN
-            .execute(self.connection, &begun, |&(seq, begun), to| {
-                to.add(seq).add(begun);
-            })
-            .await?;
         let own = (!claimed.leases.is_empty()).then(|| self.now.saturating_add(as_micros(request.lease)));
         let next = looks.iter().flat_map(|look| [look.due, look.lease_end]).flatten().chain(own).min();
         claimed.next_due = next.map(|at| Duration::from_micros(unsigned(at.saturating_sub(self.now))));
@@ -166,49 +192,92 @@ impl Tx<'_> {
         Ok(lost)
     }
 
-    async fn take(&mut self, subscription: i64, want: &Want, begun: &mut BTreeMap<i64, i64>) -> Step<Vec<Lease>> {
-        let rows = match want.ordering {
-            Ordering::None => self.oldest(subscription, want.room).await?,
-            Ordering::Key => self.heads(subscription, want.room).await?,
-        };
-        let mut leases = Vec::with_capacity(rows.len());
-        for row in &rows {
-            let id: i64 = row.try_get(0)?;
-            if row.try_get(5)? {
-                *begun.entry(id >> super::row::SUBSCRIPTION_BITS).or_insert(0) += 1;
-            }
-            let appended_at: i64 = row.try_get(OWN_COLUMNS + 5)?;
-            let key = LeaseKey {
-                seq: seq_of(id),
-                subscription: Arc::clone(&want.subscription),
-                token: rand::random::<u64>() >> 1,
-            };
-            leases.push(Lease {
-                event: Arc::new(event(row, OWN_COLUMNS)?),
-                key,
-                attempt: counter(row, 1)? + 1,
-                number: counter(row, 3)? + 1,
-                infra_faults: counter(row, 2)?,
+    async fn take(&mut self, request: &ClaimRequest, subscription: i64, want: &Want) -> Step<Vec<Lease>> {
+        let leased = self.lease(request, subscription, want).await?;
+        let begun = leased.iter().filter(|one| one.past.is_first).map(|one| one.id >> SUBSCRIPTION_BITS);
+        sqlx::query(BEGIN).bind(json_list(begun)).execute(&mut *self.connection).await?;
+        let events = self.events(&leased).await?;
+        let lease = |(one, stored): (&Leased, Option<Stored>)| {
+            let Stored { event, appended_at } = stored?;
+            let (seq, subscription) = (seq_of(one.id), Arc::clone(&want.subscription));
+            Some(Lease {
+                event,
+                key: LeaseKey { seq, subscription, token: one.token },
+                attempt: one.past.tries + 1,
+                number: one.past.number + 1,
+                infra_faults: one.past.infra,
                 age: Duration::from_micros(unsigned(self.now - appended_at)),
-                is_replay: row.try_get(4)?,
-            });
+                is_replay: one.past.is_replay,
+            })
+        };
+        Ok(leased.iter().zip(events).filter_map(lease).collect())
+    }
+
+    /// Leases the oldest ready deliveries, and returns them in the order of their events.
+    async fn lease(&mut self, request: &ClaimRequest, subscription: i64, want: &Want) -> Step<Vec<Leased>> {
+        let (end, salt) = (self.now.saturating_add(as_micros(request.lease)), signed(rand::random::<u64>() >> 2));
+        let query = match want.ordering {
+            Ordering::None => sqlx::query(LEASE_OLDEST),
+            Ordering::Key => sqlx::query(LEASE_LIST),
+        };
+        let query = query.bind(self.now).bind(end).bind(&*request.worker).bind(salt);
+        let query = match want.ordering {
+            Ordering::None => query.bind(subscription).bind(as_limit(want.room)),
+            Ordering::Key => query.bind(json_list(self.heads(subscription, want.room).await?)),
+        };
+        let rows = query.fetch_all(&mut *self.connection).await?;
+        let mut leased = Vec::with_capacity(rows.len());
+        for row in &rows {
+            leased.push((row.try_get(0)?, row.try_get(1)?));
         }
-        Ok(leases)
+        leased.sort_unstable();
+        let again = json_list(leased.iter().filter(|(_, is_new)| !is_new).map(|&(id, _)| id));
+        let mut pasts = self.pasts(&again).await?;
+        let with_past = |(id, _): (i64, bool)| {
+            let past = pasts.remove(&id).unwrap_or(Past::NONE);
+            Leased { id, token: unsigned(salt + id), past }
+        };
+        Ok(leased.into_iter().map(with_past).collect())
     }
 
-    /// The oldest ready deliveries with their events.
-    async fn oldest(&mut self, subscription: i64, room: usize) -> Step<Vec<SqliteRow>> {
-        let text = with_events(
-            "SELECT id FROM (SELECT id FROM deliveries WHERE subscription = ?1 AND stage = 0 AND key IS NULL \
-             ORDER BY id LIMIT ?2) UNION ALL SELECT id FROM (SELECT id FROM deliveries \
-             WHERE subscription = ?1 AND stage = 0 AND key IS NOT NULL ORDER BY id LIMIT ?2) ORDER BY id LIMIT ?2",
-        );
-        let query = sqlx::query(AssertSqlSafe(text)).bind(subscription).bind(as_limit(room));
-        Ok(query.fetch_all(&mut *self.connection).await?)
+    /// What became of these deliveries before.
+    async fn pasts(&mut self, ids: &str) -> Step<HashMap<i64, Past>> {
+        if ids == "[]" {
+            return Ok(HashMap::new());
+        }
+        let text = "SELECT d.id, d.fresh, d.tries, d.infra, d.number, d.replay FROM json_each(?) j \
+                    JOIN deliveries d ON d.id = j.value";
+        let rows = sqlx::query(text).bind(ids).fetch_all(&mut *self.connection).await?;
+        Ok(rows.iter().map(|row| Ok((row.try_get(0)?, Past::read(row)?))).collect::<sqlx::Result<_>>()?)
     }
 
-    /// The oldest ready deliveries that have no key, or whose key has no earlier open one, with their events.
-    async fn heads(&mut self, subscription: i64, room: usize) -> Step<Vec<SqliteRow>> {
+    /// The events of these deliveries: from memory what is there, the rest from the file.
+    async fn events(&mut self, leased: &[Leased]) -> Step<Vec<Option<Stored>>> {
+        let mut events: Vec<Option<Stored>> = leased.iter().map(|one| self.recent.claim(seq_of(one.id))).collect();
+        let missing = |(at, _): &(usize, _)| events.get(*at).is_some_and(Option::is_none);
+        let missing: Vec<(usize, i64)> =
+            leased.iter().map(|one| one.id >> SUBSCRIPTION_BITS).enumerate().filter(missing).collect();
+        if missing.is_empty() {
+            return Ok(events);
+        }
+        let text = format!("SELECT {EVENT_COLUMNS} FROM json_each(?) j CROSS JOIN events e ON e.seq = j.value");
+        let list = json_list(missing.iter().map(|&(_, seq)| seq));
+        let rows = sqlx::query(AssertSqlSafe(text)).bind(list).fetch_all(&mut *self.connection).await?;
+        let mut rows = rows.iter().peekable();
+        for (at, seq) in missing {
+            let Some(row) = rows.next_if(|row| row.try_get::<i64, _>(0).is_ok_and(|found| found == seq)) else {
+                continue;
+            };
+            let stored = Stored { event: Arc::new(event(row, 0)?), appended_at: row.try_get(5)? };
+            if let Some(place) = events.get_mut(at) {
+                *place = Some(stored);
+            }
+        }
+        Ok(events)
+    }
+
+    /// The oldest ready deliveries that have no key, or whose key has no earlier open one.
+    async fn heads(&mut self, subscription: i64, room: usize) -> Step<Vec<i64>> {
         let plain =
             "SELECT id FROM deliveries WHERE subscription = ?1 AND stage = 0 AND key IS NULL ORDER BY id LIMIT ?2";
         let mut ids = self.ids(plain, subscription, room).await?;
@@ -224,8 +293,7 @@ impl Tx<'_> {
         ids.append(&mut heads);
         ids.sort_unstable();
         ids.truncate(room);
-        let text = with_events("SELECT value AS id FROM json_each(?1)");
-        Ok(sqlx::query(AssertSqlSafe(text)).bind(json_list(ids)).fetch_all(&mut *self.connection).await?)
+        Ok(ids)
     }
 
     async fn ids(&mut self, text: &'static str, subscription: i64, limit: usize) -> Step<Vec<i64>> {
@@ -243,20 +311,6 @@ impl Tx<'_> {
              AND h.key = d.key AND h.key IS NOT NULL AND h.stage < 3 AND h.id < d.id)";
         let query = sqlx::query_scalar(text).bind(json_list(ready.iter().copied()));
         Ok(query.fetch_all(&mut *self.connection).await?)
-    }
-
-    async fn lease(&mut self, request: &ClaimRequest, wants: &[(i64, i64)], leases: &[Lease]) -> Step<()> {
-        let end = self.now.saturating_add(as_micros(request.lease));
-        let ids: BTreeMap<&str, i64> =
-            request.wants.iter().map(|want| &*want.subscription).zip(wants.iter().map(|want| want.1)).collect();
-        let now = self.now;
-        let bind = |lease: &Lease, to: &mut super::statement::Parameters| {
-            let subscription = ids.get(&*lease.key.subscription).copied().unwrap_or_default();
-            to.add(delivery_id(lease.key.seq, subscription)).add(lease.key.token.cast_signed());
-            to.add(now).add(end).add(&*request.worker);
-        };
-        LEASE.execute(self.connection, leases, bind).await?;
-        Ok(())
     }
 
     /// Moves the ends of leases.

@@ -1,8 +1,8 @@
 //! Events in one SQLite file: the store that needs nothing beside it.
 //!
 //! One writing connection in a task of its own, which commits what callers ask for at once as a group; some connections
-//! that only read. Several processes may share the file. Nothing here keeps state that the file does not have, but for
-//! the numbers of subscriptions, which never change.
+//! that only read. Several processes may share the file. Nothing here keeps state that the file does not have; what is
+//! remembered of it, the numbers of subscriptions and the newest events, never changes.
 
 mod append;
 mod claim;
@@ -10,6 +10,7 @@ mod documents;
 mod open;
 mod operate;
 mod read;
+mod recent;
 mod row;
 mod settle;
 mod statement;
@@ -29,6 +30,7 @@ use sqlx::sqlite::SqlitePool;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::documents::Put;
+use self::recent::Recent;
 use self::writer::{Answer, Job, Request, Writer};
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
@@ -106,6 +108,7 @@ impl SqliteProvider {
             poll: options.poll_interval.max(Duration::from_millis(1)),
             log: log.into(),
             names: HashMap::new(),
+            recent: Recent::default(),
             last_now: i64::MIN,
             data_version: 0,
             is_full: true,

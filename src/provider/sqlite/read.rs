@@ -47,9 +47,9 @@ async fn deliveries(connection: &mut SqliteConnection, seqs: &[Seq]) -> sqlx::Re
         "SELECT a.delivery, a.record FROM json_each(?) j JOIN attempts a ON a.delivery BETWEEN {range} \
          ORDER BY a.delivery, a.number"
     );
-    let mut earlier: BTreeMap<i64, Vec<_>> = BTreeMap::new();
+    let mut attempts: BTreeMap<i64, Vec<_>> = BTreeMap::new();
     for row in sqlx::query(AssertSqlSafe(text)).bind(&*list).fetch_all(&mut *connection).await? {
-        earlier.entry(row.try_get(0)?).or_default().push(attempt(row.try_get(1)?)?);
+        attempts.entry(row.try_get(0)?).or_default().push(attempt(row.try_get(1)?)?);
     }
     let text = format!(
         "SELECT {DELIVERY_COLUMNS} FROM json_each(?) j JOIN deliveries d ON d.id BETWEEN {range} \
@@ -57,11 +57,9 @@ async fn deliveries(connection: &mut SqliteConnection, seqs: &[Seq]) -> sqlx::Re
     );
     let mut all: BTreeMap<Seq, Vec<Delivery>> = BTreeMap::new();
     for row in sqlx::query(AssertSqlSafe(text)).bind(&*list).fetch_all(&mut *connection).await? {
-        let (id, mut delivery) = delivery(&row)?;
-        let mut attempts = earlier.remove(&id).unwrap_or_default();
-        attempts.append(&mut delivery.attempts);
-        delivery.attempts = attempts;
-        all.entry(seq_of(id)).or_default().push(delivery);
+        let id: i64 = row.try_get(0)?;
+        let own = attempts.remove(&id).unwrap_or_default();
+        all.entry(seq_of(id)).or_default().push(delivery(&row, own)?);
     }
     Ok(all)
 }
@@ -214,7 +212,8 @@ pub(super) async fn dead_ids(
     };
     let mut query = QueryBuilder::<Sqlite>::new(
         "SELECT d.id, s.name FROM deliveries d JOIN subscriptions s ON s.id = d.subscription \
-         JOIN events e ON e.seq = d.id >> 20 WHERE d.stage = 4",
+         JOIN events e ON e.seq = d.id >> 20 \
+         LEFT JOIN attempts a ON a.delivery = d.id AND a.number = d.number WHERE d.stage = 4",
     );
     if let Some(types) = &types {
         query.push(" AND e.type IN (SELECT value FROM json_each(").push_bind(as_json(types)?).push("))");
@@ -226,10 +225,10 @@ pub(super) async fn dead_ids(
         query.push(" AND e.id = ").push_bind(&**id);
     }
     if let Some(verdict) = filter.verdict {
-        query.push(" AND d.verdict = ").push_bind(verdict.as_str());
+        query.push(" AND a.record ->> '$.verdict' = ").push_bind(verdict.as_str());
     }
     if let Some(digest) = &filter.digest {
-        query.push(" AND d.last ->> '$.digest' = ").push_bind(&**digest);
+        query.push(" AND a.record ->> '$.digest' = ").push_bind(&**digest);
     }
     if let Some(since) = filter.since {
         query.push(" AND d.completed_at >= ").push_bind(since.as_microsecond());
@@ -273,13 +272,12 @@ pub(super) async fn dead_letters(pool: &SqlitePool, filter: &DeadLetterFilter) -
 
 /// Figures, as of one instant.
 pub(super) async fn stats(pool: &SqlitePool) -> sqlx::Result<ProviderStats> {
-    let text = "SELECT h.head, h.pruned, h.total, \
-        (SELECT count(*) FROM progress WHERE status = 0), (SELECT count(*) FROM progress WHERE status = 1), \
-        (SELECT count(*) FROM progress WHERE status = 3), \
+    let text = "SELECT h.head, h.pruned, h.total, p.pending, p.processing, p.failed, \
         (SELECT count(*) FROM deliveries WHERE stage = 0 AND key IS NULL) \
         + (SELECT count(*) FROM deliveries WHERE stage = 0 AND key IS NOT NULL) + (SELECT count(*) FROM deliveries WHERE stage = 1), \
         (SELECT count(*) FROM deliveries WHERE stage = 2), (SELECT count(*) FROM deliveries WHERE stage = 4) \
-        FROM head h";
+        FROM head h, (SELECT count(*) FILTER (WHERE status = 0) AS pending, \
+        count(*) FILTER (WHERE status = 1) AS processing, count(*) FILTER (WHERE status = 3) AS failed FROM progress) p";
     let row = sqlx::query(text).fetch_one(pool).await?;
     let figure = |at: usize| row.try_get::<i64, _>(at).map(unsigned);
     let (pending, processing, failed) = (figure(3)?, figure(4)?, figure(5)?);

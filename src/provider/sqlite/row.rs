@@ -7,7 +7,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{Row as _, TypeInfo as _, ValueRef as _};
 
 use super::statement::Parameters;
-use crate::delivery::{Attempt, Delivery, Status, Verdict};
+use crate::delivery::{Attempt, Delivery, Status};
 use crate::event::{Event, EventId, EventType, Metadata, Payload, Seq, Source, UserId, micros};
 
 /// How many low bits of a delivery's id are the subscription's.
@@ -53,20 +53,20 @@ pub(super) const EVENT_COLUMNS: &str = "e.seq, e.id, e.type, e.source, e.created
     e.session_id, e.instance_id, e.schema, e.entity, e.operation, e.metadata, e.trace_parent, e.caused_by, \
     e.content_type, e.payload, e.depth";
 
-/// Binds an event as a row.
+/// Binds an event as a row. Texts that are shared go without being copied.
 pub(super) fn bind_event(event: &Event, seq: Seq, now: i64, to: &mut Parameters) {
     let source = Source::ALL.iter().position(|&source| source == event.source).unwrap_or(0);
-    to.add(signed(seq)).add(event.id.as_str()).add(event.event_type.as_str()).add(source as i64);
-    to.add(event.created_at.as_microsecond()).add(now).add(event.key.as_deref());
+    to.add(signed(seq)).add(event.id.shared()).add(event.event_type.as_str()).add(source as i64);
+    to.add(event.created_at.as_microsecond()).add(now).add(event.key.clone());
     match &event.user_id {
         Some(UserId::Number(number)) => to.add(*number),
         Some(UserId::Text(text)) => to.add(&**text),
         None => to.add(None::<i64>),
     };
     let metadata = (!event.metadata.is_empty()).then(|| serde_json::to_string(&event.metadata).unwrap_or_default());
-    to.add(event.session_id.as_deref()).add(&*event.instance_id).add(event.schema.as_deref());
-    to.add(event.entity.as_deref()).add(event.operation.as_deref()).add(metadata);
-    to.add(event.trace_parent.as_deref()).add(event.caused_by.as_ref().map(EventId::as_str));
+    to.add(event.session_id.clone()).add(Arc::clone(&event.instance_id)).add(event.schema.clone());
+    to.add(event.entity.clone()).add(event.operation.clone()).add(metadata);
+    to.add(event.trace_parent.clone()).add(event.caused_by.as_ref().map(EventId::shared));
     to.add((!event.payload.is_json()).then(|| event.payload.content_type())).add(&**event.payload.bytes());
     to.add(i64::from(event.depth));
 }
@@ -120,32 +120,30 @@ pub(super) fn event(row: &SqliteRow, at: usize) -> sqlx::Result<Event> {
 
 /// The columns of a delivery, in the order in which [`delivery`] has them.
 pub(super) const DELIVERY_COLUMNS: &str = "d.id, s.name, d.stage, d.due, d.started_at, d.completed_at, d.retry_count, \
-    d.replay, d.verdict, d.last";
+    d.replay";
 
-/// A delivery with its last attempt, and its id.
-pub(super) fn delivery(row: &SqliteRow) -> sqlx::Result<(i64, Delivery)> {
+/// A delivery whose attempts are these.
+pub(super) fn delivery(row: &SqliteRow, attempts: Vec<Attempt>) -> sqlx::Result<Delivery> {
     let status = match row.try_get::<i64, _>(2)? {
         READY | WAITING => Status::Pending,
         LEASED => Status::Processing,
         COMPLETED => Status::Completed,
         _ => Status::Failed,
     };
-    let last: Option<Attempt> = row.try_get::<Option<&str>, _>(9)?.map(attempt).transpose()?;
-    let verdict = row.try_get::<Option<&str>, _>(8)?.map(Verdict::parse).transpose().map_err(broken)?;
-    let error = last.as_ref().and_then(|last| last.error.as_ref()).map(|fault| fault.to_string().into());
-    let delivery = Delivery {
+    let last = attempts.last();
+    let error = last.and_then(|last| last.error.as_ref()).map(|fault| fault.to_string().into());
+    Ok(Delivery {
         subscription: row.try_get::<&str, _>(1)?.into(),
         status,
         retry_count: count(row.try_get(6)?),
-        verdict,
+        verdict: last.map(|last| last.verdict),
         error,
         due_at: (status == Status::Pending).then_some(micros(row.try_get(3)?)),
         started_at: row.try_get::<Option<i64>, _>(4)?.map(micros),
         completed_at: row.try_get::<Option<i64>, _>(5)?.map(micros),
         replay: row.try_get::<i64, _>(7)? != 0,
-        attempts: last.into_iter().collect(),
-    };
-    Ok((row.try_get(0)?, delivery))
+        attempts,
+    })
 }
 
 /// An attempt's record.

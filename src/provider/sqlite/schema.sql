@@ -58,9 +58,7 @@ CREATE TABLE deliveries (
     tries INTEGER NOT NULL DEFAULT 0,
     infra INTEGER NOT NULL DEFAULT 0,
     number INTEGER NOT NULL DEFAULT 0,  -- of the last attempt recorded
-    replay INTEGER NOT NULL DEFAULT 0,
-    verdict TEXT,
-    last TEXT                           -- the last attempt; earlier ones stand in attempts
+    replay INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX deliveries_ready ON deliveries (subscription) WHERE stage = 0 AND key IS NULL;
 CREATE INDEX deliveries_ready_keyed ON deliveries (subscription) WHERE stage = 0 AND key IS NOT NULL;
@@ -84,7 +82,6 @@ CREATE TABLE progress (
     failed INTEGER NOT NULL DEFAULT 0,
     status INTEGER NOT NULL AS (CASE WHEN open = 0 THEN 3 WHEN begun = 0 THEN 0 ELSE 1 END) VIRTUAL
 );
-CREATE INDEX progress_by_status ON progress (status);
 
 CREATE TABLE documents (
     collection TEXT NOT NULL,

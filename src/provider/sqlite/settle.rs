@@ -3,6 +3,7 @@
 //! As in [`append`](super::append), the common case (every lease is held, nothing is written) is tried without looking.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
 use sqlx::{Row as _, SqliteConnection};
 
@@ -17,21 +18,15 @@ const HELD: Values = Values {
     columns: 2,
     tail: ") SELECT d.id, d.token, d.fresh FROM v JOIN deliveries d ON d.id = v.id WHERE d.stage = 2 AND d.token = v.token",
 };
-const ARCHIVE: Values = Values {
-    head: "WITH v(id, token) AS (VALUES",
-    columns: 2,
-    tail: ") INSERT INTO attempts (delivery, number, record) SELECT d.id, d.number, d.last FROM v \
-           JOIN deliveries d ON d.id = v.id WHERE d.stage = 2 AND d.token = v.token AND d.last IS NOT NULL",
-};
+const RECORD: Values = Values { head: "INSERT INTO attempts (delivery, number, record) VALUES", columns: 3, tail: "" };
 const END: Values = Values {
-    head: "WITH v(id, token, stage, due, completed_at, retry, tries, infra, release, number, verdict, last) AS (VALUES",
-    columns: 12,
-    tail: ") UPDATE deliveries SET stage = v.stage, due = coalesce(v.due, deliveries.due), \
-           completed_at = v.completed_at, retry_count = retry_count + v.retry, tries = deliveries.tries + v.tries, \
-           infra = deliveries.infra + v.infra, number = coalesce(v.number, deliveries.number), \
-           verdict = coalesce(v.verdict, deliveries.verdict), last = coalesce(v.last, deliveries.last), \
-           started_at = CASE WHEN v.release AND fresh THEN NULL ELSE started_at END, \
-           token = NULL, lease_end = NULL, worker = NULL \
+    head: "WITH v(id, token, stage, at, cost, number) AS (VALUES",
+    columns: 6,
+    tail: ") UPDATE deliveries SET stage = v.stage, due = iif(v.stage < 3, coalesce(v.at, due), due), \
+           completed_at = iif(v.stage < 3, NULL, v.at), retry_count = retry_count + (v.cost IN (1, 2)), \
+           tries = tries + (v.cost = 1), infra = infra + (v.cost = 2), \
+           started_at = iif(v.cost = 3 AND fresh, NULL, started_at), \
+           number = coalesce(v.number, deliveries.number), token = NULL, lease_end = NULL, worker = NULL \
            FROM v WHERE deliveries.id = v.id AND deliveries.stage = 2 AND deliveries.token = v.token",
 };
 const SHIFT: Values = Values {
@@ -41,63 +36,55 @@ const SHIFT: Values = Values {
            failed = progress.failed + v.failed FROM v WHERE progress.seq = v.seq",
 };
 
+/// What another attempt is counted as.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cost {
+    /// There is none.
+    Nothing = 0,
+    /// One of the handler's tries.
+    Try = 1,
+    /// A lost lease or a fault of the host.
+    Infra = 2,
+    /// It is as if the claim had never been.
+    Release = 3,
+}
+
 /// The end of a claim, as columns.
 pub(super) struct End {
     id: i64,
     token: i64,
     stage: i64,
-    due: Option<i64>,
-    completed_at: Option<i64>,
-    retry: i64,
-    tries: i64,
-    infra: i64,
-    is_release: bool,
+    /// When it was completed, or is due again.
+    at: Option<i64>,
+    cost: Cost,
     /// Whether the claim was the delivery's first; known for a release only.
     is_fresh: bool,
-    attempt: Option<(u32, &'static str, String)>,
+    /// The attempt's number and record.
+    attempt: Option<(u32, Arc<str>)>,
 }
 
 impl End {
     pub(super) fn new(id: i64, token: i64, next: Next, attempt: Option<&Attempt>, now: i64) -> Self {
-        let is_release = next == Next::Release;
-        let attempt = attempt.filter(|_| !is_release);
-        let is_infra = attempt.is_some_and(|attempt| attempt.verdict.is_infra());
-        let mut end = Self {
-            id,
-            token,
-            stage: READY,
-            due: None,
-            completed_at: None,
-            retry: 0,
-            tries: 0,
-            infra: 0,
-            is_release,
-            is_fresh: false,
-            attempt: attempt.map(|attempt| {
-                (attempt.number, attempt.verdict.as_str(), serde_json::to_string(attempt).unwrap_or_default())
-            }),
-        };
-        match next {
-            Next::Complete => (end.stage, end.completed_at) = (COMPLETED, Some(now)),
-            Next::Fail => (end.stage, end.completed_at) = (FAILED, Some(now)),
-            Next::Release => {}
+        let attempt = attempt.filter(|_| next != Next::Release);
+        let (stage, at, cost) = match next {
+            Next::Complete => (COMPLETED, Some(now), Cost::Nothing),
+            Next::Fail => (FAILED, Some(now), Cost::Nothing),
+            Next::Release => (READY, None, Cost::Release),
             Next::Retry { after } => {
                 let due = now.saturating_add(as_micros(after));
-                end.stage = if due <= now { READY } else { WAITING };
-                (end.due, end.retry) = (Some(due), 1);
-                (end.tries, end.infra) = if is_infra { (0, 1) } else { (1, 0) };
+                let is_infra = attempt.is_some_and(|attempt| attempt.verdict.is_infra());
+                let stage = if due <= now { READY } else { WAITING };
+                (stage, Some(due), if is_infra { Cost::Infra } else { Cost::Try })
             }
-        }
-        end
+        };
+        let record = |attempt: &Attempt| serde_json::to_string(attempt).unwrap_or_default().into();
+        let attempt = attempt.map(|attempt| (attempt.number, record(attempt)));
+        Self { id, token, stage, at, cost, is_fresh: false, attempt }
     }
 
     fn bind(&self, to: &mut Parameters) {
-        to.add(self.id).add(self.token).add(self.stage).add(self.due).add(self.completed_at);
-        to.add(self.retry).add(self.tries).add(self.infra).add(self.is_release);
-        match &self.attempt {
-            Some((number, verdict, record)) => to.add(*number).add(*verdict).add(record.as_str()),
-            None => to.add(None::<i64>).add(None::<&str>).add(None::<&str>),
-        };
+        to.add(self.id).add(self.token).add(self.stage).add(self.at).add(self.cost as i64);
+        to.add(self.attempt.as_ref().map(|attempt| attempt.0));
     }
 
     /// What it changes in its event's counts: open, begun and failed deliveries.
@@ -105,7 +92,7 @@ impl End {
         match self.stage {
             COMPLETED => [-1, 0, 0],
             FAILED => [-1, 0, 1],
-            _ => [0, -i64::from(self.is_release && self.is_fresh), 0],
+            _ => [0, -i64::from(self.cost == Cost::Release && self.is_fresh), 0],
         }
     }
 
@@ -176,15 +163,16 @@ impl Tx<'_> {
 
     /// Applies ends, and returns the events that are still open.
     pub(super) async fn end(&mut self, ends: &[End]) -> Step<HashSet<i64>> {
-        let again: Vec<&End> = ends.iter().filter(|end| end.attempt.as_ref().is_some_and(|one| one.0 > 1)).collect();
-        ARCHIVE
-            .execute(self.connection, &again, |end, to| {
-                to.add(end.id).add(end.token);
-            })
-            .await?;
         if END.execute(self.connection, ends, |end, to| end.bind(to)).await? < ends.len() as u64 {
             return Err(Trouble::Careful);
         }
+        let records: Vec<(i64, &(u32, Arc<str>))> =
+            ends.iter().filter_map(|end| Some((end.id, end.attempt.as_ref()?))).collect();
+        RECORD
+            .execute(self.connection, &records, |(id, (number, record)), to| {
+                to.add(*id).add(*number).add(Arc::clone(record));
+            })
+            .await?;
         let mut shifts: BTreeMap<i64, [i64; 3]> = BTreeMap::new();
         for end in ends {
             let [open, begun, failed] = shifts.entry(end.seq()).or_default();

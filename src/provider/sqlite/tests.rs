@@ -142,6 +142,52 @@ async fn a_request_that_fails_does_not_undo_its_neighbours() {
     }
     let stats = provider.stats().await.unwrap();
     assert_eq!((stats.head_seq, stats.total_events), (stored as u64 * 3, stored as u64 * 3));
+    // What was undone is not remembered: seqs that it had belong to other events now.
+    let leased: Vec<_> = claim(&provider, 99).await.into_iter().map(|lease| lease.event).collect();
+    assert_eq!(leased, provider.read(0, 99).await.unwrap().events);
+    assert_eq!(leased.len(), stored * 3);
+}
+
+/// A first claim finds events in memory, later claims and other instances find them in the file.
+#[tokio::test]
+async fn a_lease_says_the_same_from_memory_and_from_the_file() {
+    let file = File::new();
+    let (here, there) = (file.provider().await, file.provider().await);
+    let mut batch = appends(5);
+    batch[1].event.metadata.insert("n".into(), 1.into());
+    batch[2].event.payload = Payload::new("application/x-b", vec![0, 255]).unwrap();
+    here.append(batch).await.unwrap();
+    file.advance(Duration::from_secs(7)).await;
+    let mut seen = Vec::new();
+    for provider in [&here, &here, &there] {
+        let leases = claim(provider, 9).await;
+        seen.push(leases.iter().map(|lease| (Arc::clone(&lease.event), lease.age, lease.number)).collect::<Vec<_>>());
+        let release = |lease: Lease| Settlement {
+            key: lease.key,
+            next: Next::Release,
+            attempt: None,
+            published: Vec::new(),
+            writes: Vec::new(),
+        };
+        provider.settle(leases.into_iter().map(release).collect()).await.unwrap();
+    }
+    assert_eq!((seen[0].len(), seen[0][0].1, seen[0][0].2), (5, Duration::from_secs(7), 1));
+    assert_eq!((&seen[1], &seen[2]), (&seen[0], &seen[0]));
+}
+
+/// An event that is in memory is not handed out once it is erased, by whichever instance.
+#[tokio::test]
+async fn an_erased_event_is_not_remembered() {
+    let file = File::new();
+    let (here, there) = (file.provider().await, file.provider().await);
+    let batch = appends(3);
+    let ids: Vec<String> = batch.iter().map(|append| append.event.id.to_string()).collect();
+    here.append(batch).await.unwrap();
+    for (provider, id) in [&here, &there].into_iter().zip(&ids) {
+        assert_eq!(provider.amend(Amendment::Erase { id: id.clone() }).await.unwrap(), 1);
+    }
+    let left: Vec<String> = claim(&here, 9).await.iter().map(|lease| lease.event.id.to_string()).collect();
+    assert_eq!(left, ids[2..]);
 }
 
 async fn raw(file: &File) -> sqlx::SqliteConnection {
@@ -204,7 +250,7 @@ async fn a_place_that_cannot_be_used_is_refused_with_the_reason() {
     }
 }
 
-/// Attempts beyond the last stand in a table of their own, and go with their delivery.
+/// Attempts stand in a table of their own, and go with their delivery.
 #[tokio::test]
 async fn nothing_is_left_of_what_was_pruned() {
     let file = File::new();

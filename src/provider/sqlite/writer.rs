@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::documents::Put;
+use super::recent::Recent;
 use crate::error::{Error, Result};
 use crate::provider::{
     Amendment, Append, Appended, ClaimRequest, Claimed, Clock, LeaseKey, Retention, Settled, Settlement,
@@ -116,6 +117,7 @@ pub(super) fn as_micros(span: Duration) -> i64 {
 pub(super) struct Tx<'a> {
     pub(super) connection: &'a mut SqliteConnection,
     pub(super) now: i64,
+    pub(super) recent: &'a mut Recent,
     names: &'a mut HashMap<Arc<str>, i64>,
 }
 
@@ -176,6 +178,7 @@ pub(super) struct Writer {
     /// The write-ahead log's file.
     pub(super) log: PathBuf,
     pub(super) names: HashMap<Arc<str>, i64>,
+    pub(super) recent: Recent,
     pub(super) last_now: i64,
     pub(super) data_version: i64,
     pub(super) is_full: bool,
@@ -282,7 +285,8 @@ impl Writer {
     async fn attempt(&mut self, requests: &[&Request], careful: bool) -> Step<Vec<Answer>> {
         sqlx::query("BEGIN IMMEDIATE").execute(&mut self.connection).await?;
         self.last_now = self.last_now.max((self.clock)());
-        let mut tx = Tx { connection: &mut self.connection, now: self.last_now, names: &mut self.names };
+        let (recent, names) = (&mut self.recent, &mut self.names);
+        let mut tx = Tx { connection: &mut self.connection, now: self.last_now, recent, names };
         let answers = tx.run(requests, careful).await?;
         sqlx::query("COMMIT").execute(&mut self.connection).await?;
         Ok(answers)
@@ -290,6 +294,7 @@ impl Writer {
 
     async fn roll_back(&mut self) -> sqlx::Result<()> {
         self.names.clear();
+        self.recent.clear();
         match sqlx::query("ROLLBACK").execute(&mut self.connection).await {
             // A transaction that could not begin, or that SQLite itself ended, is rolled back already.
             Err(sqlx::Error::Database(_)) | Ok(_) => Ok(()),
