@@ -159,8 +159,28 @@ pub(super) async fn run(shared: Arc<Shared>, mut jobs: mpsc::Receiver<Job>, mut 
             () = raised(&mut quit), if !jobs.is_closed() => jobs.close(),
             count = jobs.recv_many(&mut group, GROUP) => match count {
                 0 => return,
-                _ => append_group(&shared, group.drain(..)).await,
+                _ => {
+                    gather(&mut jobs, &mut group).await;
+                    append_group(&shared, group.drain(..)).await;
+                }
             },
+        }
+    }
+}
+
+/// Takes in what comes meanwhile. Callers that were answered together publish again together: a group that went as
+/// soon as the first of them is back would leave the others for the next.
+async fn gather(jobs: &mut mpsc::Receiver<Job>, group: &mut Vec<Job>) {
+    loop {
+        let before = group.len();
+        tokio::task::yield_now().await;
+        while group.len() < GROUP
+            && let Ok(job) = jobs.try_recv()
+        {
+            group.push(job);
+        }
+        if group.len() == before || group.len() == GROUP {
+            return;
         }
     }
 }
@@ -171,6 +191,11 @@ async fn append_group(shared: &Shared, group: impl Iterator<Item = Job>) {
         callers.push((batch.len(), answer));
         together.extend(batch);
     }
+    if callers.len() == 1 {
+        let appended = shared.append_now(together, Instant::now()).await;
+        callers.pop().map(|(_, answer)| answer.send(appended));
+        return;
+    }
     match shared.append_now(together.clone(), Instant::now()).await {
         Ok(appended) => {
             let mut appended = appended.into_iter();
@@ -178,9 +203,6 @@ async fn append_group(shared: &Shared, group: impl Iterator<Item = Job>) {
                 // A caller that went away still has its events stored: it was never told otherwise.
                 drop(answer.send(Ok(appended.by_ref().take(count).collect())));
             }
-        }
-        Err(error) if callers.len() == 1 => {
-            callers.pop().map(|(_, answer)| answer.send(Err(error)));
         }
         // One caller's trouble (a full store, say) is not everybody's: each is tried alone and hears its own answer.
         Err(_) => {
