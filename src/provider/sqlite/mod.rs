@@ -27,7 +27,7 @@ use bytes::Bytes;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
 use serde::{Deserialize, Serialize};
 use sqlx::sqlite::SqlitePool;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use self::documents::Put;
 use self::recent::Recent;
@@ -96,13 +96,17 @@ impl SqliteProvider {
     /// # Errors
     /// As [`open`](Self::open).
     pub async fn with_clock(options: Options, clock: Clock) -> Result<Self> {
-        let open::Opened { writer, readers, path } = open::open(&options).await?;
+        let open::Opened { writer, checkpointer, readers, path } = open::open(&options).await?;
         let wake = watch::Sender::new(0);
         let (jobs, queue) = mpsc::channel(QUEUE);
         let mut log = path.clone().into_os_string();
         log.push("-wal");
+        let checkpoint = Arc::new(Notify::new());
         let writer = Writer {
             connection: writer,
+            checkpoints: tokio::spawn(writer::checkpoints(checkpointer, Arc::clone(&checkpoint))),
+            checkpoint,
+            unmoved: 0,
             clock: Arc::clone(&clock),
             wake: wake.clone(),
             poll: options.poll_interval.max(Duration::from_millis(1)),

@@ -3,6 +3,7 @@
 //! A statement costs about as much as twenty rows in it, so rows travel together; and since prepared statements are kept
 //! by their text, there are only a few sizes of them.
 
+use futures_util::future::join;
 use sqlx::encode::Encode;
 use sqlx::sqlite::{SqliteArguments, SqliteConnection, SqliteRow};
 use sqlx::types::Type;
@@ -51,10 +52,15 @@ impl Values {
         bind: impl Fn(&T, &mut Parameters),
     ) -> sqlx::Result<u64> {
         let mut changed = 0;
-        for part in parts(rows) {
-            let (text, arguments) = self.prepare(part, &bind)?;
-            let result = sqlx::query_with(AssertSqlSafe(text), arguments).execute(&mut *connection).await?;
-            changed += result.rows_affected();
+        let mut parts = parts(rows).map(|part| self.prepare(part, &bind));
+        let mut next = parts.next();
+        while let Some(prepared) = next {
+            let (text, arguments) = prepared?;
+            let executing = sqlx::query_with(AssertSqlSafe(text), arguments).execute(&mut *connection);
+            // SQLite works on a thread of its own: the rows after these are bound meanwhile.
+            let (result, following) = join(executing, async { parts.next() }).await;
+            changed += result?.rows_affected();
+            next = following;
         }
         Ok(changed)
     }

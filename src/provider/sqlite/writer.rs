@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Connection as _};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::documents::Put;
@@ -25,6 +26,9 @@ const GROUP: usize = 256;
 
 /// The most events and attempts of one commit, unless a single request has more.
 const WEIGHT: usize = 4_096;
+
+/// So many rows are written between two checkpoints.
+const MOVE_AFTER: usize = 4_096;
 
 /// A write-ahead log longer than this is emptied when there is time.
 const LONG_LOG: u64 = 64 << 20;
@@ -175,6 +179,12 @@ pub(super) struct Writer {
     pub(super) clock: Clock,
     pub(super) wake: watch::Sender<u64>,
     pub(super) poll: Duration,
+    /// Wakes [`checkpoints`].
+    pub(super) checkpoint: Arc<Notify>,
+    /// Its task.
+    pub(super) checkpoints: JoinHandle<()>,
+    /// Rows written since it was woken.
+    pub(super) unmoved: usize,
     /// The write-ahead log's file.
     pub(super) log: PathBuf,
     pub(super) names: HashMap<Arc<str>, i64>,
@@ -201,6 +211,7 @@ impl Writer {
             }
         }
         jobs.close();
+        self.checkpoints.abort();
         if let Err(error) = self.empty_log().await {
             tracing::warn!(error = %error, "the write-ahead log could not be emptied at close");
         }
@@ -239,30 +250,34 @@ impl Writer {
         if group.is_empty() {
             return;
         }
-        let requests: Vec<&Request> = group.iter().map(|job| &job.request).collect();
-        let ticks = requests.iter().any(|request| request.ticks());
+        let (group, callers): (Vec<Request>, Vec<_>) = group.into_iter().map(|job| (job.request, job.answer)).unzip();
+        let requests: Vec<&Request> = group.iter().collect();
         match self.transact(&requests).await {
             Ok(answers) => {
-                for (job, answer) in group.into_iter().zip(answers) {
-                    drop(job.answer.send(Ok(answer)));
+                // Whoever is answered has gone, or goes on while the requests are freed here.
+                for (caller, answer) in callers.into_iter().zip(answers) {
+                    drop(caller.send(Ok(answer)));
                 }
             }
             Err(error) if group.len() > 1 && !is_busy(&error) => {
-                for job in group {
-                    let answer = self.transact(&[&job.request]).await;
+                for (caller, request) in callers.into_iter().zip(&group) {
+                    let answer = self.transact(&[request]).await;
                     let answer = answer.map(|mut answers| answers.pop().unwrap_or(Answer::Close));
-                    let action = job.request.action();
-                    drop(job.answer.send(answer.map_err(|error| Error::store("sqlite", action, error))));
+                    drop(caller.send(answer.map_err(|error| Error::store("sqlite", request.action(), error))));
                 }
             }
             Err(error) => {
-                for job in group {
-                    let action = job.request.action();
-                    drop(job.answer.send(Err(Error::store("sqlite", action, copy(&error)))));
+                for (caller, request) in callers.into_iter().zip(&group) {
+                    drop(caller.send(Err(Error::store("sqlite", request.action(), copy(&error)))));
                 }
             }
         }
-        if ticks {
+        self.unmoved += group.iter().map(Request::weight).sum::<usize>();
+        if self.unmoved > MOVE_AFTER {
+            self.unmoved = 0;
+            self.checkpoint.notify_one();
+        }
+        if group.iter().any(Request::ticks) {
             tick(&self.wake);
         }
     }
@@ -334,6 +349,16 @@ impl Writer {
         let text = "PRAGMA wal_checkpoint(TRUNCATE)";
         sqlx::query(AssertSqlSafe(text)).execute(&mut self.connection).await?;
         Ok(())
+    }
+}
+
+/// Moves what the write-ahead log holds into the database whenever it is woken, beside the writer, which goes on.
+pub(super) async fn checkpoints(mut connection: SqliteConnection, wake: Arc<Notify>) {
+    loop {
+        wake.notified().await;
+        if let Err(error) = sqlx::query("PRAGMA wal_checkpoint(PASSIVE)").execute(&mut connection).await {
+            tracing::warn!(error = %error, "the write-ahead log could not be moved into the database");
+        }
     }
 }
 
