@@ -2,7 +2,6 @@
 //!
 //! One engine serves all plugins. Nothing here knows what a plugin is: bytes go in, a compiled component comes out.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::Duration;
@@ -12,7 +11,7 @@ use tokio::sync::Semaphore;
 use wasmtime::component::Component;
 use wasmtime::{Config, Enabled, InstanceAllocationStrategy, PoolingAllocationConfig, WasmBacktraceDetails};
 
-use super::cache::Cache;
+use super::cache::{Cache, Folder};
 use crate::error::{Error, Result};
 
 /// How often guests that compute are interrupted: to let other tasks run, and to see whether their time is up.
@@ -40,7 +39,7 @@ pub(super) struct Settings {
     /// The most memory that any plugin may be allowed, in bytes.
     pub(super) max_memory: usize,
     /// Where compiled code is kept.
-    pub(super) cache: Option<PathBuf>,
+    pub(super) cache: Option<Folder>,
 }
 
 /// Compiles components and says when they may run.
@@ -60,18 +59,15 @@ impl Engine {
     /// once in the log.
     ///
     /// # Errors
-    /// [`Error::Incompatible`] when the platform cannot run guests, and [`Error::Invalid`] for a cache folder that
-    /// others can write to.
+    /// [`Error::Incompatible`] when the platform cannot run guests, and [`Error::Invalid`] for a cache folder that was
+    /// asked for and is not private or cannot be written to.
     pub(super) fn new(settings: &Settings) -> Result<Self> {
         let wasmtime = pooled(settings).or_else(|error| {
             tracing::warn!(error = format!("{error:#}"), "no pool for instances, each is allocated by itself");
             wasmtime::Engine::new(&config())
         });
         let wasmtime = wasmtime.map_err(|error| unusable(format!("cannot be started: {error:#}")))?;
-        let cache = match &settings.cache {
-            Some(folder) => Some(Arc::new(Cache::open(folder, &wasmtime)?)),
-            None => None,
-        };
+        let cache = settings.cache.as_ref().map_or(Ok(None), Cache::open)?.map(Arc::new);
         let _ticker = tick(&wasmtime)?;
         let slots = usize::try_from(settings.slots).unwrap_or(Semaphore::MAX_PERMITS).clamp(1, Semaphore::MAX_PERMITS);
         Ok(Self {
@@ -97,9 +93,9 @@ impl Engine {
     ///
     /// # Errors
     /// What the compiler says about `bytes`.
-    pub(super) async fn compile(&self, digest: &str, bytes: Bytes) -> wasmtime::Result<Component> {
+    pub(super) async fn compile(&self, digest: &Arc<str>, bytes: Bytes) -> wasmtime::Result<Component> {
         let permit = Arc::clone(&self.compiles).acquire_owned().await?;
-        let (engine, cache, digest) = (self.wasmtime.clone(), self.cache.clone(), digest.to_owned());
+        let (engine, cache, digest) = (self.wasmtime.clone(), self.cache.clone(), Arc::clone(digest));
         let work = move || {
             let _permit = permit;
             if let Some(known) = cache.as_ref().and_then(|cache| cache.get(&engine, &digest)) {
@@ -107,7 +103,7 @@ impl Engine {
             }
             let component = Component::from_binary(&engine, &bytes)?;
             if let Some(cache) = cache {
-                cache.put(&digest, &component);
+                cache.put(&engine, &digest, &component);
             }
             Ok(component)
         };

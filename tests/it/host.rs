@@ -3,6 +3,7 @@
 //! The guests are the built samples; a manifest of another wording makes another version of the same code.
 
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 use tidegate::delivery::{KvChange, KvWrite};
 use tidegate::handler::{KvRead, Outcome};
 use tidegate::host::component::embed_manifest;
-use tidegate::host::{Change, Folder, Host, Options, PluginOptions};
+use tidegate::host::{Change, CodeCache, Folder, Host, Options, PluginOptions};
 use tidegate::{Call, Event, Handler, Payload, Result, Source, Verdict};
 use tokio::sync::{Notify, Semaphore};
 
@@ -401,13 +402,13 @@ async fn a_cache_spares_the_second_compilation_and_changes_nothing() {
     let cache = folder.path().join("code");
     let mut written = Vec::new();
     for _ in 0..2 {
-        let mut options = Options { cache: Some(cache.clone()), ..Options::default() };
+        let mut options = Options { cache: CodeCache::Folder(cache.clone()), ..Options::default() };
         options.plugins.insert("faults".to_owned(), toml::from_str(GRANTS).unwrap());
         let handler = loaded(&Host::new(options, None).unwrap(), "").await;
         assert_eq!(attempt(&handler, json!({"fault": "none"})).await.verdict, Verdict::Ok);
         assert!(attempt(&handler, json!({"fault": "trap"})).await.trace.backtrace[0].contains("::perform"));
         let files = std::fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap().metadata().unwrap());
-        written.push(files.map(|file| file.modified().unwrap()).collect::<Vec<_>>());
+        written.push(files.map(|file| file.ino()).collect::<Vec<_>>());
     }
     assert_eq!(written[0].len(), 1);
     assert_eq!(written[0], written[1], "the second host wrote nothing");
