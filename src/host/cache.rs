@@ -210,6 +210,17 @@ fn load(engine: &Engine, code: &[u8]) -> Option<Component> {
     unsafe { Component::deserialize(engine, code) }.ok()
 }
 
+/// The compiled form of a component for another engine of the same settings.
+///
+/// # Errors
+/// Those of the engine, when its settings differ.
+#[expect(unsafe_code, reason = "loading compiled code is unsafe by nature; see the comment on why this code is ours")]
+pub(super) fn copy(component: &Component, engine: &Engine) -> wasmtime::Result<Component> {
+    let code = component.serialize()?;
+    // SAFETY: the code was made by this process, and has not left it.
+    unsafe { Component::deserialize(engine, code) }
+}
+
 #[cfg(unix)]
 fn private(folder: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};

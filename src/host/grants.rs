@@ -21,8 +21,10 @@ pub(super) struct Powers {
     pub(super) events: Vec<Pattern>,
     /// Its settings: every key that it may ask for, with the value where the operator gave one.
     pub(super) config: BTreeMap<String, Option<String>>,
-    /// Whether it was built for WASI, and is given a WASI in which nothing is granted.
+    /// Whether it was built for WASI 0.2, and is given a WASI in which nothing is granted.
     pub(super) wasi: bool,
+    /// The same for WASI 0.3.
+    pub(super) wasi_3: bool,
 }
 
 impl Powers {
@@ -47,12 +49,17 @@ pub(super) fn decide(
         check_import(import, &manifest.capabilities)?;
     }
     let requested = &manifest.capabilities;
+    let imports_wasi = |version: &str| {
+        let mut imports = interface.imports.iter().map(|import| parts(import));
+        imports.any(|(package, _, built_for)| package.starts_with("wasi:") && built_for.starts_with(version))
+    };
     let value = |key: &String| (key.clone(), options.config.get(key).cloned());
     Ok(Powers {
         kv: requested.kv.iter().cloned().collect(),
         events: requested.events.clone(),
         config: requested.config.iter().map(value).collect(),
-        wasi: interface.imports.iter().any(|import| import.starts_with("wasi:")),
+        wasi: imports_wasi("0.2."),
+        wasi_3: imports_wasi("0.3."),
     })
 }
 
@@ -144,13 +151,15 @@ fn check_import(import: &str, requested: &Capabilities) -> std::result::Result<(
         (PACKAGE, _) => Err(format!("imports {import}, which this host does not have: run it on a newer tidegate")),
         ("wasi:http", _) => Err(format!("imports {import}: outbound HTTP is not offered by this version of tidegate")),
         ("wasi:cli" | "wasi:clocks" | "wasi:filesystem" | "wasi:io" | "wasi:random" | "wasi:sockets", _) => {
-            match version.starts_with("0.2.") {
+            match version.starts_with("0.2.") || version == "0.3.0" {
                 true => Ok(()),
-                false => Err(format!("imports {import}, and this host serves WASI 0.2: build it for wasm32-wasip2")),
+                false => {
+                    Err(format!("imports {import}, and this host serves WASI 0.2 and 0.3: build it for wasm32-wasip2"))
+                }
             }
         }
         _ => Err(format!(
-            "imports {import}, which this host does not offer: a plugin may import {PACKAGE} interfaces and WASI 0.2"
+            "imports {import}, which this host does not offer: a plugin may import {PACKAGE} interfaces and WASI"
         )),
     }
 }
@@ -235,7 +244,7 @@ mod tests {
             ("tidegate:plugin/log@2.1.0", "built for tidegate:plugin 2.1.0, and this host serves 1.x"),
             ("tidegate:plugin/mail@1.4.0", "run it on a newer tidegate"),
             ("wasi:http/outgoing-handler@0.2.6", "outbound HTTP"),
-            ("wasi:cli/stdout@0.3.0", "WASI 0.2"),
+            ("wasi:cli/stdout@0.4.0", "WASI 0.2 and 0.3"),
             ("acme:db/query@1.0.0", "acme:db/query@1.0.0, which this host does not offer"),
             ("now", "now, which this host does not offer"),
         ];

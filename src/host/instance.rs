@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::OnceCell;
 use wasmtime::{PoolConcurrencyLimitError, Store, Trap, UpdateDeadline, WasmBacktrace};
 use wasmtime_wasi::I32Exit;
 
@@ -13,7 +14,7 @@ use super::bindings::PluginPre;
 use super::bindings::tidegate::plugin::types;
 use super::convert;
 use super::engine::{Engine, TICK};
-use super::imports::{State, Stop, Terms};
+use super::imports::{State, Stop, Terms, link};
 use super::limits::bytes;
 use crate::delivery::{Fault, Trace, Verdict};
 use crate::handler::{Call, Effects, Outcome};
@@ -23,7 +24,9 @@ const GRACE: Duration = TICK.saturating_mul(5);
 
 /// A linked component with the terms that it runs under.
 pub(super) struct Prepared {
-    pub(super) pre: PluginPre<State>,
+    pre: PluginPre<State>,
+    /// The same for instances that found the pool full.
+    outside: OnceCell<PluginPre<State>>,
     pub(super) terms: Arc<Terms>,
 }
 
@@ -40,8 +43,13 @@ enum End {
 }
 
 impl Prepared {
+    /// A linked component that runs under these terms.
+    pub(super) fn new(pre: PluginPre<State>, terms: Terms) -> Self {
+        Self { pre, outside: OnceCell::new(), terms: Arc::new(terms) }
+    }
+
     /// Makes one attempt, within the shorter of the call's timeout and the plugin's own.
-    pub(super) async fn attempt(&self, engine: &Engine, call: Call) -> Outcome {
+    pub(super) async fn attempt(&self, engine: &Arc<Engine>, call: Call) -> Outcome {
         let allowed = call.timeout.min(self.terms.limits.timeout);
         let began = Instant::now();
         let Ok(slot) = tokio::time::timeout(allowed, engine.slots().acquire()).await else {
@@ -49,12 +57,15 @@ impl Prepared {
             return Outcome::failed(Verdict::HostFault, Fault::new("host-busy", words));
         };
         let event = convert::guest_event(&call.event);
-        let mut store = self.store(engine, call, began.checked_add(allowed).unwrap_or(began));
-        let left = allowed.saturating_sub(began.elapsed());
-        let end = match tokio::time::timeout(left.saturating_add(GRACE), self.call(&mut store, &event)).await {
-            Ok(end) => end,
-            Err(_) => End::Waiting,
-        };
+        let deadline = began.checked_add(allowed).unwrap_or(began);
+        let mut store = self.store(&self.pre, call, deadline);
+        let mut end = within(deadline, call_in(&self.pre, &mut store, &event)).await;
+        if is_pool_full(&end)
+            && let Some(outside) = self.outside_the_pool(engine).await
+        {
+            store = self.store(outside, store.into_data().into_call(), deadline);
+            end = within(deadline, call_in(outside, &mut store, &event)).await;
+        }
         let outcome = self.outcome(end, allowed, store);
         // Not before the store is gone, and the instance with it.
         drop(slot);
@@ -62,8 +73,8 @@ impl Prepared {
     }
 
     /// A store with all limits armed.
-    fn store(&self, engine: &Engine, call: Call, deadline: Instant) -> Store<State> {
-        let mut store = Store::new(engine.wasmtime(), State::new(&self.terms, call, deadline));
+    fn store(&self, pre: &PluginPre<State>, call: Call, deadline: Instant) -> Store<State> {
+        let mut store = Store::new(pre.engine(), State::new(&self.terms, call, deadline));
         store.limiter(|state| &mut state.meter);
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(move |_| {
@@ -75,15 +86,14 @@ impl Prepared {
         store
     }
 
-    async fn call(&self, store: &mut Store<State>, event: &types::Event) -> End {
-        let plugin = match self.pre.instantiate_async(&mut *store).await {
-            Ok(plugin) => plugin,
-            Err(error) => return End::NotBegun(error),
+    /// What runs on an engine without a pool, made at the first need of it.
+    async fn outside_the_pool(&self, engine: &Arc<Engine>) -> Option<&PluginPre<State>> {
+        let make = async || {
+            tracing::info!(plugin = %self.terms.name, "the pool is full, instances are allocated beside it");
+            link(&engine.outside_the_pool(self.pre.instance_pre().component()).await?, &self.terms.powers)
         };
-        match plugin.tidegate_plugin_handler().call_handle(store, event).await {
-            Ok(answer) => End::Returned(answer),
-            Err(error) => End::Stopped(error),
-        }
+        let made = self.outside.get_or_try_init(make).await;
+        made.inspect_err(|error| tracing::error!(error = format!("{error:#}"), "no instance beside the pool")).ok()
     }
 
     fn outcome(&self, end: End, allowed: Duration, store: Store<State>) -> Outcome {
@@ -160,6 +170,28 @@ impl Prepared {
             None => failed(Verdict::Trap, format!("{:#}", error.root_cause())),
         }
     }
+}
+
+/// Instantiates and calls.
+async fn call_in(pre: &PluginPre<State>, store: &mut Store<State>, event: &types::Event) -> End {
+    let plugin = match pre.instantiate_async(&mut *store).await {
+        Ok(plugin) => plugin,
+        Err(error) => return End::NotBegun(error),
+    };
+    match plugin.tidegate_plugin_handler().call_handle(store, event).await {
+        Ok(answer) => End::Returned(answer),
+        Err(error) => End::Stopped(error),
+    }
+}
+
+/// Waits for the call, and a little longer than until `deadline`.
+async fn within(deadline: Instant, call: impl Future<Output = End>) -> End {
+    let left = deadline.saturating_duration_since(Instant::now());
+    tokio::time::timeout(left.saturating_add(GRACE), call).await.unwrap_or(End::Waiting)
+}
+
+fn is_pool_full(end: &End) -> bool {
+    matches!(end, End::NotBegun(error) if error.is::<PoolConcurrencyLimitError>())
 }
 
 /// Whether an instance is missing for reasons that are not the guest's.

@@ -8,11 +8,11 @@ use bytes::Bytes;
 use bytesize::ByteSize;
 use wasmtime::component::Component;
 
-use super::bindings::{HANDLER, MAJOR, PACKAGE, PluginPre};
+use super::bindings::{HANDLER, MAJOR, PACKAGE};
 use super::component::{ComponentError, Interface, interface, manifest};
 use super::engine::Engine;
 use super::grants::{check_exports, decide};
-use super::imports::{Terms, linker};
+use super::imports::{Terms, link};
 use super::instance::Prepared;
 use super::limits::{Limits, bytes as in_bytes};
 use super::manifest::Manifest;
@@ -39,7 +39,7 @@ pub(super) struct Refused {
 /// # Errors
 /// [`Refused`].
 pub(super) async fn load(
-    engine: &Engine,
+    engine: &Arc<Engine>,
     options: &Options,
     digest: Arc<str>,
     bytes: Bytes,
@@ -50,13 +50,12 @@ pub(super) async fn load(
     let powers = decide(&manifest, &interface, options.plugins.get(&manifest.name).unwrap_or(&ungranted));
     let powers = powers.map_err(refuse)?;
     let limits = options.limits_of(&manifest.name).tightened(&manifest.limits);
-    let compiled = engine.compile(&digest, bytes).await;
+    let compiled = engine.compile(&digest, bytes, powers.wasi_3).await;
     let component = compiled.map_err(|error| refuse(format!("cannot be compiled: {error:#}")))?;
     check_memory(&component, &limits).map_err(refuse)?;
-    let linked = linker(engine.wasmtime(), &powers).and_then(|linker| linker.instantiate_pre(&component));
-    let pre = linked.and_then(PluginPre::new).map_err(|error| refuse(unfit(&interface, &error)))?;
+    let pre = link(&component, &powers).map_err(|error| refuse(unfit(&interface, &error)))?;
     let terms = Terms { name: manifest.name.as_str().into(), digest, powers, limits };
-    Ok(Loaded { manifest, interface, prepared: Prepared { pre, terms: Arc::new(terms) } })
+    Ok(Loaded { manifest, interface, prepared: Prepared::new(pre, terms) })
 }
 
 /// What the bytes say about themselves, without running or compiling anything.
@@ -121,7 +120,7 @@ fn unfit(interface: &Interface, error: &wasmtime::Error) -> String {
     let named: Vec<&str> = all.filter(|name| words.contains(name)).collect();
     let names = if named.is_empty() { HANDLER.to_owned() } else { named.join(", ") };
     format!(
-        "uses {names} in a shape that differs from the one that this host serves ({PACKAGE} {MAJOR}.x, WASI 0.2): \
+        "uses {names} in a shape that differs from the one that this host serves ({PACKAGE} {MAJOR}.x, WASI 0.2 and 0.3): \
          build it again with the plugin.wit of this version (the engine says: {words})"
     )
 }

@@ -8,6 +8,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::component::embed_manifest;
+use super::engine::{Engine, Settings};
+use super::load::load;
 use super::{Host, Options, PluginOptions, check};
 use crate::delivery::Verdict;
 use crate::error::Result;
@@ -182,17 +184,28 @@ fn wasi_guest(handle: &str) -> Vec<u8> {
             (import "wasi:cli/stdout@0.2.0" "get-stdout" (func $stdout (result i32)))
             (import "wasi:io/streams@0.2.0" "[method]output-stream.blocking-write-and-flush"
                 (func $write (param i32 i32 i32 i32)))
-            (memory (export "memory") 1)
-            (data (i32.const 64) "hello from stdout\n")
-            (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) i32.const 1024)
-            (func (export "tidegate:plugin/handler@1.0.0#handle")
-                (param i32 i32 i64 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32) (result i32)
+            {HANDLER_TYPE}
+            (func (export "tidegate:plugin/handler@1.0.0#handle") (type $handle)
                 {handle}
                 i32.const 512))"#
     );
+    encoded(&module, PLUGIN_WIT, WASI)
+}
+
+const PLUGIN_WIT: &str = include_str!("../../wit/plugin.wit");
+
+/// What a handler's core module has besides the function itself.
+const HANDLER_TYPE: &str = r#"
+    (type $handle (func (param i32 i32 i64 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32) (result i32)))
+    (memory (export "memory") 1)
+    (data (i32.const 64) "hello from stdout\n")
+    (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) i32.const 1024)"#;
+
+/// A component of this module, with the world `commanding` of these interfaces, and a manifest.
+fn encoded(module: &str, plugin: &str, wasi: &str) -> Vec<u8> {
     let mut resolve = wit_parser::Resolve::default();
-    resolve.push_source("plugin.wit", include_str!("../../wit/plugin.wit")).unwrap();
-    let package = resolve.push_source("wasi.wit", WASI).unwrap();
+    resolve.push_source("plugin.wit", plugin).unwrap();
+    let package = resolve.push_source("wasi.wit", wasi).unwrap();
     let world = resolve.select_world(&[package], Some("commanding")).unwrap();
     let mut module = wat::parse_str(module).unwrap();
     wit_component::embed_component_metadata(&mut module, &resolve, world, wit_component::StringEncoding::UTF8).unwrap();
@@ -200,8 +213,12 @@ fn wasi_guest(handle: &str) -> Vec<u8> {
 }
 
 async fn handled(handle: &str) -> Outcome {
+    attempted(wasi_guest(handle), call("null")).await
+}
+
+async fn attempted(guest: Vec<u8>, call: Call) -> Outcome {
     let host = Host::new(options(), None).unwrap();
-    host.load("wasi.wasm", wasi_guest(handle).into()).await.unwrap().handle(call("null")).await
+    host.load("wasi.wasm", guest.into()).await.unwrap().handle(call).await
 }
 
 #[tokio::test]
@@ -225,5 +242,155 @@ async fn a_wasi_guest_sees_no_environment_and_no_arguments() {
     let neither = "(call $environment (i32.const 256)) (call $arguments (i32.const 264))
         (if (i32.or (i32.load (i32.const 260)) (i32.load (i32.const 268))) (then unreachable))";
     let outcome = handled(neither).await;
+    assert_eq!(outcome.verdict, Verdict::Ok, "{outcome:?}");
+}
+
+/// WASI 0.3 as far as these tests need it.
+const WASI_0_3: &str = r#"
+package tests:guests;
+
+package wasi:cli@0.3.0 {
+    interface exit { exit: func(status: result); }
+    interface environment { get-arguments: func() -> list<string>; get-environment: func() -> list<tuple<string, string>>; }
+    interface types { enum error-code { io, illegal-byte-sequence, pipe } }
+    interface stdout {
+        use types.{error-code};
+        write-via-stream: func(data: stream<u8>) -> future<result<_, error-code>>;
+    }
+}
+
+package wasi:clocks@0.3.0 {
+    interface monotonic-clock { wait-for: async func(how-long: u64); }
+}
+
+package wasi:filesystem@0.3.0 {
+    interface types { resource descriptor; }
+    interface preopens { use types.{descriptor}; get-directories: func() -> list<tuple<descriptor, string>>; }
+}
+
+package wasi:random@0.3.0 {
+    interface random { get-random-u64: func() -> u64; }
+}
+
+world commanding {
+    import wasi:cli/exit@0.3.0;
+    import wasi:cli/environment@0.3.0;
+    import wasi:cli/stdout@0.3.0;
+    import wasi:clocks/monotonic-clock@0.3.0;
+    import wasi:filesystem/preopens@0.3.0;
+    import wasi:random/random@0.3.0;
+    export tidegate:plugin/handler@1.0.0;
+}
+"#;
+
+/// What a core module imports of WASI 0.3.
+const IMPORTS_0_3: &str = r#"
+    (import "wasi:cli/exit@0.3.0" "exit" (func $exit (param i32)))
+    (import "wasi:cli/environment@0.3.0" "get-environment" (func $environment (param i32)))
+    (import "wasi:cli/environment@0.3.0" "get-arguments" (func $arguments (param i32)))
+    (import "wasi:filesystem/preopens@0.3.0" "get-directories" (func $directories (param i32)))
+    (import "wasi:random/random@0.3.0" "get-random-u64" (func $random (result i64)))
+    (import "wasi:clocks/monotonic-clock@0.3.0" "wait-for" (func $wait (param i64)))
+    (import "wasi:cli/stdout@0.3.0" "write-via-stream" (func $via (param i32) (result i32)))
+    (import "wasi:cli/stdout@0.3.0" "[stream-new-0]write-via-stream" (func $stream (result i64)))
+    (import "wasi:cli/stdout@0.3.0" "[stream-drop-writable-0]write-via-stream" (func $close (param i32)))
+    (import "wasi:cli/stdout@0.3.0" "[async-lower][stream-write-0]write-via-stream"
+        (func $write (param i32 i32 i32) (result i32)))"#;
+
+/// A guest for WASI 0.3 with the handler of `plugin.wit`.
+fn wasi_0_3_guest(handle: &str) -> Vec<u8> {
+    let module = format!(
+        r#"(module {IMPORTS_0_3} {HANDLER_TYPE}
+            (func (export "tidegate:plugin/handler@1.0.0#handle") (type $handle) (local $stream i64)
+                {handle}
+                i32.const 512))"#
+    );
+    encoded(&module, PLUGIN_WIT, WASI_0_3)
+}
+
+/// The same, whose handler is an `async func` and so may wait.
+fn async_guest(handle: &str) -> Vec<u8> {
+    let module = format!(
+        r#"(module {IMPORTS_0_3} {HANDLER_TYPE}
+            (import "[export]tidegate:plugin/handler@1.0.0" "[task-return]handle"
+                (func $return (param i32 i32 i32 i32 i32 i32 i32 i32 i32 i32)))
+            (func (export "[callback][async-lift]tidegate:plugin/handler@1.0.0#handle")
+                (param i32 i32 i32) (result i32) unreachable)
+            (func (export "[async-lift]tidegate:plugin/handler@1.0.0#handle") (type $handle)
+                {handle}
+                (call $return (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)
+                    (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0))
+                i32.const 0))"#
+    );
+    let imports = module.find("(import \"[export]").unwrap();
+    let (head, tail) = module.split_at(imports);
+    let (import, tail) = tail.split_at(tail.find("(func (export").unwrap());
+    let module = format!("(module {import} {}{tail}", head.trim_start_matches("(module"));
+    encoded(&module, &PLUGIN_WIT.replace("handle: func(", "handle: async func("), WASI_0_3)
+}
+
+#[tokio::test]
+async fn a_guest_for_wasi_0_3_has_clocks_random_numbers_and_a_log_and_nothing_else() {
+    let sees_nothing = "(call $environment (i32.const 256)) (call $arguments (i32.const 264))
+        (call $directories (i32.const 272))
+        (if (i32.or (i32.or (i32.load (i32.const 260)) (i32.load (i32.const 268))) (i32.load (i32.const 276)))
+            (then unreachable))
+        (if (i64.eq (call $random) (call $random)) (then unreachable))";
+    let outcome = attempted(wasi_0_3_guest(sees_nothing), call("null")).await;
+    assert_eq!(outcome.verdict, Verdict::Ok, "{outcome:?}");
+
+    let writes = "(local.set $stream (call $stream))
+        (drop (call $via (i32.wrap_i64 (local.get $stream))))
+        (drop (call $write (i32.wrap_i64 (i64.shr_u (local.get $stream) (i64.const 32))) (i32.const 64) (i32.const 18)))";
+    let outcome = attempted(wasi_0_3_guest(writes), call("null")).await;
+    let lines: Vec<_> = outcome.trace.log.iter().map(|line| (line.level, &*line.message)).collect();
+    assert_eq!((outcome.verdict, lines), (Verdict::Ok, vec![(2, "hello from stdout")]), "{outcome:?}");
+
+    let outcome = attempted(wasi_0_3_guest("(call $exit (i32.const 1))"), call("null")).await;
+    assert_eq!((outcome.verdict, &*outcome.fault.unwrap().code), (Verdict::Trap, "exit"));
+}
+
+#[tokio::test]
+async fn a_handler_that_is_async_may_wait_and_is_ended_by_its_timeout() {
+    let outcome = attempted(async_guest("(call $wait (i64.const 1000000))"), call("null")).await;
+    assert_eq!(outcome.verdict, Verdict::Ok, "{outcome:?}");
+    let hour = async_guest("(call $wait (i64.const 3600000000000))");
+    let outcome = attempted(hour, Call { timeout: Duration::from_millis(50), ..call("null") }).await;
+    assert_eq!(outcome.verdict, Verdict::Timeout, "{outcome:?}");
+    let endless = async_guest("(loop $again (br $again))");
+    let outcome = attempted(endless, Call { timeout: Duration::from_millis(50), ..call("null") }).await;
+    assert_eq!(outcome.verdict, Verdict::Timeout, "{outcome:?}");
+    // What the component model does not allow to others.
+    let outcome = attempted(wasi_0_3_guest("(call $wait (i64.const 1000000))"), call("null")).await;
+    let fault = outcome.fault.unwrap();
+    assert!(outcome.verdict == Verdict::Trap && fault.message.contains("cannot block a synchronous task"), "{fault:?}");
+}
+
+fn engine(settings: &Settings) -> Arc<Engine> {
+    Arc::new(Engine::new(settings).unwrap())
+}
+
+/// A guest with WASI inside has several memories, tables and core instances; this pool has one of each.
+#[tokio::test]
+async fn an_attempt_that_finds_the_pool_full_runs_beside_it() {
+    let engine = engine(&Settings { parts: 1, ..Settings::new(1, 64 << 20, None) });
+    let guest =
+        || Bytes::from(wasi_guest("(call $write (call $stdout) (i32.const 64) (i32.const 18) (i32.const 256))"));
+    let loaded =
+        load(&engine, &options(), "sha256:01".into(), guest()).await.map_err(|refused| refused.reason).unwrap();
+    for _ in 0..3 {
+        let outcome = loaded.prepared.attempt(&engine, call("null")).await;
+        assert_eq!((outcome.verdict, outcome.trace.log.len()), (Verdict::Ok, 1), "{outcome:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_component_that_is_too_large_for_the_pool_runs_beside_it() {
+    let table = HANDLER_TYPE.to_owned() + "(table 30000 funcref)";
+    let module = format!(
+        r#"(module {table} (func (export "tidegate:plugin/handler@1.0.0#handle") (type $handle) i32.const 512))"#
+    );
+    let world = "package tests:guests; world commanding { export tidegate:plugin/handler@1.0.0; }";
+    let outcome = attempted(encoded(&module, PLUGIN_WIT, world), call("null")).await;
     assert_eq!(outcome.verdict, Verdict::Ok, "{outcome:?}");
 }

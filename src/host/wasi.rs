@@ -1,7 +1,11 @@
-//! WASI 0.2 for guests that were built for it: clocks and random numbers, and nothing else.
+//! WASI 0.2 and 0.3 for guests that were built for it: clocks and random numbers, and nothing else.
 //!
 //! No files, no environment, no arguments, no sockets; stdin is empty, stdout and stderr become log lines. A call of
 //! `exit` ends the attempt only.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use tokio::io::AsyncWrite;
@@ -50,8 +54,7 @@ impl IsTerminal for Stream {
 
 impl StdoutStream for Stream {
     fn async_stream(&self) -> Box<dyn AsyncWrite + Send + Sync> {
-        // Only WASI 0.3 would ask for it.
-        Box::new(tokio::io::sink())
+        Box::new(self.clone())
     }
 
     fn p2_stream(&self) -> Box<dyn OutputStream> {
@@ -59,6 +62,23 @@ impl StdoutStream for Stream {
     }
 }
 
+/// What WASI 0.3 writes to.
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.log.write(self.level, bytes);
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// What WASI 0.2 writes to.
 impl OutputStream for Stream {
     fn write(&mut self, bytes: Bytes) -> StreamResult<()> {
         self.log.write(self.level, &bytes);

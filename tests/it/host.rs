@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -412,6 +413,41 @@ async fn a_cache_spares_the_second_compilation_and_changes_nothing() {
     }
     assert_eq!(written[0].len(), 1);
     assert_eq!(written[0], written[1], "the second host wrote nothing");
+}
+
+/// What a test does again in a process of its own is said by this variable.
+const CONFINED: &str = "TIDEGATE_TEST_WITHOUT_POOL";
+
+/// The pool takes terabytes of address space, and a single guest a little more than four gigabytes.
+#[test]
+fn without_address_space_for_a_pool_instances_are_allocated_one_by_one() {
+    if std::env::var_os(CONFINED).is_some() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let host = host();
+            let handler = loaded(&host, "").await;
+            for (fault, verdict) in [("none", Verdict::Ok), ("trap", Verdict::Trap), ("none", Verdict::Ok)] {
+                assert_eq!(attempt(&handler, json!({"fault": fault})).await.verdict, verdict);
+            }
+        });
+        return;
+    }
+    let name = "host::without_address_space_for_a_pool_instances_are_allocated_one_by_one";
+    let limited = |kilobytes: u64| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("ulimit -v {kilobytes} && exec \"$0\" \"$@\"")]);
+        shell.arg(std::env::current_exe().unwrap()).args([name, "--exact", "--nocapture"]);
+        shell.env(CONFINED, "1").output().unwrap()
+    };
+    let answer = limited(16 << 20);
+    let said = String::from_utf8_lossy(&answer.stdout);
+    assert!(
+        answer.status.success() && said.contains("1 passed"),
+        "{said}\n{}",
+        String::from_utf8_lossy(&answer.stderr)
+    );
+    // The limit bites: with less than one guest needs, nothing runs.
+    assert!(!limited(3 << 20).status.success());
 }
 
 fn put(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
