@@ -6,6 +6,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
+use bytes::Bytes;
 use tokio::sync::OnceCell;
 use wasmtime::{PoolConcurrencyLimitError, Store, Trap, UpdateDeadline, WasmBacktrace};
 use wasmtime_wasi::I32Exit;
@@ -17,7 +19,8 @@ use super::engine::{Engine, TICK};
 use super::imports::{State, Stop, Terms, link};
 use super::limits::bytes;
 use crate::delivery::{Fault, Trace, Verdict};
-use crate::handler::{Call, Effects, Outcome};
+use crate::event::{Event, EventType, Payload, Source};
+use crate::handler::{Call, Effects, KvRead, Outcome};
 
 /// How much later than the epoch the timer fires: the epoch knows where the guest was, the timer does not.
 const GRACE: Duration = TICK.saturating_mul(5);
@@ -28,6 +31,14 @@ pub(super) struct Prepared {
     /// The same for instances that found the pool full.
     outside: OnceCell<PluginPre<State>>,
     pub(super) terms: Arc<Terms>,
+}
+
+/// Why no instance could be made at all.
+pub(super) enum Unstarted {
+    /// In words.
+    Failed(String),
+    /// What the engine says about a handler of another type than the one that we call.
+    Unfit(wasmtime::Error),
 }
 
 /// How a call ended, before anybody judged it.
@@ -48,13 +59,55 @@ impl Prepared {
         Self { pre, outside: OnceCell::new(), terms: Arc::new(terms) }
     }
 
+    /// Makes an instance and lets it go. Only then is it known whether the handler has the type that we call, and
+    /// whether the guest fails before it is called at all.
+    ///
+    /// # Errors
+    /// [`Unstarted`].
+    pub(super) async fn start(&self, engine: &Arc<Engine>) -> Result<(), Unstarted> {
+        let allowed = self.terms.limits.timeout;
+        let Ok(_slot) = tokio::time::timeout(allowed, engine.slots().acquire()).await else {
+            return Err(Unstarted::Failed(busy(allowed)));
+        };
+        let deadline = Instant::now().checked_add(allowed).unwrap_or_else(Instant::now);
+        let mut pre = &self.pre;
+        loop {
+            let call = nobodys_call().map_err(|error| Unstarted::Failed(error.to_string()))?;
+            let mut store = self.store(pre, call, deadline);
+            let left = deadline.saturating_duration_since(Instant::now()).saturating_add(GRACE);
+            let error = match tokio::time::timeout(left, pre.instantiate_async(&mut store)).await {
+                Ok(Ok(_)) => return Ok(()),
+                Ok(Err(error)) => error,
+                Err(_) => return Err(Unstarted::Failed(format!("takes longer than {allowed:?} to start"))),
+            };
+            let outside =
+                if error.is::<PoolConcurrencyLimitError>() { self.outside_the_pool(engine).await } else { None };
+            match outside {
+                Some(outside) => pre = outside,
+                None => return Err(self.unstarted(error, store.data().meter.has_refused())),
+            }
+        }
+    }
+
+    fn unstarted(&self, error: wasmtime::Error, has_refused_memory: bool) -> Unstarted {
+        if has_refused_memory {
+            let limit = self.terms.limits.memory;
+            return Unstarted::Failed(format!("needs more than its memory of {limit} to start: raise limits.memory"));
+        }
+        let is_of_guest =
+            error.is::<Trap>() || error.is::<WasmBacktrace>() || error.is::<I32Exit>() || error.is::<Stop>();
+        match is_of_guest || error.is::<PoolConcurrencyLimitError>() {
+            true => Unstarted::Failed(format!("fails as it starts, before it is called: {}", error.root_cause())),
+            false => Unstarted::Unfit(error),
+        }
+    }
+
     /// Makes one attempt, within the shorter of the call's timeout and the plugin's own.
     pub(super) async fn attempt(&self, engine: &Arc<Engine>, call: Call) -> Outcome {
         let allowed = call.timeout.min(self.terms.limits.timeout);
         let began = Instant::now();
         let Ok(slot) = tokio::time::timeout(allowed, engine.slots().acquire()).await else {
-            let words = format!("no instance became free within {allowed:?}: raise host.instances");
-            return Outcome::failed(Verdict::HostFault, Fault::new("host-busy", words));
+            return Outcome::failed(Verdict::HostFault, Fault::new("host-busy", busy(allowed)));
         };
         let event = convert::guest_event(&call.event);
         let deadline = began.checked_add(allowed).unwrap_or(began);
@@ -172,6 +225,30 @@ impl Prepared {
     }
 }
 
+/// The call that an instance is made for which nobody calls.
+fn nobodys_call() -> crate::error::Result<Call> {
+    let event = Event::new(Source::System, EventType::parse("tidegate.plugins.start")?, Payload::json_text("null")?);
+    Ok(Call {
+        event: Arc::new(event),
+        subscription: "".into(),
+        attempt: 1,
+        max_attempts: 1,
+        timeout: Duration::ZERO,
+        is_replay: false,
+        kv: Arc::new(NoValues),
+    })
+}
+
+/// A store with nothing in it.
+struct NoValues;
+
+#[async_trait]
+impl KvRead for NoValues {
+    async fn get(&self, _: &str, _: &str) -> crate::error::Result<Option<Bytes>> {
+        Ok(None)
+    }
+}
+
 /// Instantiates and calls.
 async fn call_in(pre: &PluginPre<State>, store: &mut Store<State>, event: &types::Event) -> End {
     let plugin = match pre.instantiate_async(&mut *store).await {
@@ -197,6 +274,10 @@ fn is_pool_full(end: &End) -> bool {
 /// Whether an instance is missing for reasons that are not the guest's.
 fn is_ours(error: &wasmtime::Error) -> bool {
     error.is::<PoolConcurrencyLimitError>() || !(error.is::<Trap>() || error.is::<WasmBacktrace>())
+}
+
+fn busy(allowed: Duration) -> String {
+    format!("no instance became free within {allowed:?}: raise host.instances")
 }
 
 fn timed_out(allowed: Duration) -> Outcome {

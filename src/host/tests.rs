@@ -63,9 +63,18 @@ const ODD: &str = r#"(component
 async fn bytes_that_are_no_component_are_refused_with_what_they_are() {
     let whole = plugin(ODD, MANIFEST);
     let cut = whole.get(..whole.len() - 5).unwrap().to_vec();
-    let rows: [(Vec<u8>, &str); 7] = [
+    let mut unreadable = plugin(ODD, MANIFEST);
+    let text = whole.len() - MANIFEST.len();
+    unreadable[text + 3] = 0xff;
+    let damaged = format!("has a manifest that is damaged at byte {}", text + 3);
+    let rows: [(Vec<u8>, &str); 12] = [
         (b"#!/bin/sh\n".to_vec(), r##"is not WebAssembly: it begins with "#!/bin/s""##),
-        (Vec::new(), "is cut short: it has 0 bytes"),
+        (Vec::new(), "is empty"),
+        (b"\n(component)".to_vec(), "is WebAssembly in its text form"),
+        (b";; a comment\n(module)".to_vec(), "is WebAssembly in its text form"),
+        (b"\x1f\x8b\x08\0".to_vec(), "is not WebAssembly: it begins with \"\\x1f"),
+        (b"\0asm\x0e\0\x01\0".to_vec(), "of a version that this host does not know"),
+        (unreadable, &damaged),
         (b"\0asm\x0d".to_vec(), "is cut short: it has 5 bytes"),
         (cut, "is cut short: a section goes on"),
         (wat::parse_str("(module)").unwrap(), "is a core module"),
@@ -86,6 +95,8 @@ async fn a_component_of_another_kind_is_refused_with_what_it_is() {
     };
     let rows = [
         (component("wasi:cli/run@0.2.0"), "WASI command"),
+        (component("wasi:http/incoming-handler@0.2.6"), "WASI HTTP service"),
+        (component("tidegate:plugin/handler@1.0.0-rc.1"), "a pre-release"),
         (component("acme:web/serve@1.0.0"), "exports acme:web/serve@1.0.0"),
         (component("tidegate:plugin/handler@2.0.0"), "this host serves 1.x"),
         (component("tidegate:plugin/handler@1.0.0"), "has no manifest"),
@@ -98,9 +109,102 @@ async fn a_component_of_another_kind_is_refused_with_what_it_is() {
 }
 
 #[tokio::test]
-async fn a_handler_of_another_shape_is_refused_with_both_sides_named() {
+async fn a_handler_of_another_shape_is_refused_with_what_it_lacks() {
     let error = refusal(plugin(ODD, MANIFEST), &options()).await;
-    assert!(error.starts_with("plugin sample: uses tidegate:plugin/handler@1.0.0 in a shape that differs"), "{error}");
+    let words = "plugin sample: exports tidegate:plugin/handler@1.0.0 without its function handle: \
+                 build it again with the plugin.wit of 1.0.0";
+    assert_eq!(error, words);
+    let module = r#"(module (func (export "tidegate:plugin/handler@1.0.0#handle") (param i32)))"#;
+    let other = "package tidegate:plugin@1.0.0; interface handler { handle: func(event: u32); }";
+    let world = "package tests:guests; world commanding { export tidegate:plugin/handler@1.0.0; }";
+    let error = refusal(encoded(module, other, world), &options()).await;
+    let words = "plugin sample: uses tidegate:plugin/handler@1.0.0, which has another shape in the version that this \
+                 host serves, 1.0.0: build it again with the plugin.wit of 1.0.0 (the engine says: ";
+    assert!(error.starts_with(words), "{error}");
+}
+
+#[tokio::test]
+async fn a_guest_that_fails_before_it_is_called_is_not_loaded() {
+    let starting = |start: &str| {
+        let module = format!(
+            r#"(module {HANDLER_TYPE}
+                (func $start {start}) (start $start)
+                (func (export "tidegate:plugin/handler@1.0.0#handle") (type $handle) i32.const 512))"#
+        );
+        let world = "package tests:guests; world commanding { export tidegate:plugin/handler@1.0.0; }";
+        encoded(&module, PLUGIN_WIT, world)
+    };
+    let limited =
+        "name = \"sample\"\nversion = \"1.0.0\"\n[limits]\nmemory = \"1MiB\"\nfuel = 100000\ntimeout = \"50ms\"\n";
+    let fails = "fails as it starts, before it is called: wasm trap: ";
+    let rows = [
+        ("unreachable", format!("{fails}wasm `unreachable` instruction executed")),
+        ("(loop $again (br $again))", format!("{fails}all fuel consumed by WebAssembly")),
+        (
+            "(if (i32.eq (memory.grow (i32.const 100)) (i32.const -1)) (then unreachable))",
+            "needs more than its memory of 1.0 MiB to start: raise limits.memory".to_owned(),
+        ),
+    ];
+    for (start, words) in rows {
+        let error = refusal(embed_manifest(&starting(start), limited).unwrap(), &options()).await;
+        assert_eq!(error, format!("plugin sample: {words}"));
+    }
+    let module = format!(
+        r#"(module {HANDLER_TYPE} (memory 10) (memory 10)
+            (func (export "tidegate:plugin/handler@1.0.0#handle") (type $handle) i32.const 512))"#
+    );
+    let world = "package tests:guests; world commanding { export tidegate:plugin/handler@1.0.0; }";
+    let hungry = embed_manifest(&encoded(&module, PLUGIN_WIT, world), limited).unwrap();
+    let error = refusal(hungry, &options()).await;
+    assert_eq!(error, "plugin sample: needs more than its memory of 1.0 MiB to start: raise limits.memory");
+    assert!(check(&options(), "fine.wasm", starting("nop").into()).await.is_ok());
+}
+
+/// What the linker says is said again in words about the plugin: what it uses, what is served, and what to do.
+#[tokio::test]
+async fn an_import_of_another_shape_is_refused_with_the_function_and_both_versions() {
+    let importing = |interface: &str, function: &str| {
+        format!(
+            r#"(component
+                (type $t (instance (type $f (func {function})) (export "emit" (func (type $f)))))
+                (import "{interface}" (instance (type $t)))
+                (instance $h) (export "tidegate:plugin/handler@1.0.0" (instance $h)))"#
+        )
+    };
+    let missing = r#"(component
+        (type $t (instance (type $f (func)) (export "later" (func (type $f)))))
+        (import "tidegate:plugin/log@1.2.0" (instance (type $t)))
+        (instance $h) (export "tidegate:plugin/handler@1.0.0" (instance $h)))"#;
+    let rows = [
+        (
+            missing.to_owned(),
+            "uses later of tidegate:plugin/log@1.2.0, which does not exist in the version that this host serves, 1.0.0: \
+             run it on a newer tidegate, or build it for 1.0.0",
+        ),
+        (
+            missing.replace("1.2.0", "1.0.0"),
+            "uses later of tidegate:plugin/log@1.0.0, which does not exist in the version that this host serves, 1.0.0: \
+             build it again with the plugin.wit of 1.0.0",
+        ),
+        (
+            importing("tidegate:plugin/log@1.0.0", "(param \"level\" u64)"),
+            "uses emit of tidegate:plugin/log@1.0.0, which has another shape in the version that this host serves, 1.0.0",
+        ),
+        (
+            missing.replace("tidegate:plugin/log@1.2.0", "wasi:cli/stdout@0.2.99"),
+            "uses later of wasi:cli/stdout@0.2.99, which does not exist in the version that this host serves, 0.2.12: \
+             run it on a newer tidegate, or build it for 0.2.12",
+        ),
+        (
+            missing.replace("tidegate:plugin/log@1.2.0", "wasi:cli/stdout@0.3.0"),
+            "uses later of wasi:cli/stdout@0.3.0, which does not exist in the version that this host serves, 0.3.0: \
+             build it again with the interfaces of that version",
+        ),
+    ];
+    for (text, words) in rows {
+        let error = refusal(plugin(&text, MANIFEST), &options()).await;
+        assert!(error.starts_with(&format!("plugin sample: {words}")), "{error}");
+    }
 }
 
 #[tokio::test]
@@ -121,7 +225,7 @@ async fn imports_are_compared_with_requests_and_requests_with_grants() {
     let own: PluginOptions = toml::from_str("grants = { kv = [\"totals\"] }").unwrap();
     granting.plugins.insert("sample".to_owned(), own);
     let error = refusal(plugin(&kv, &requesting), &granting).await;
-    assert!(error.contains("in a shape that differs"), "what remains is the odd handler: {error}");
+    assert!(error.contains("without its function handle"), "what remains is the odd handler: {error}");
     let error = refusal(plugin(&importing("acme:db/query@1.0.0"), MANIFEST), &options()).await;
     assert!(error.contains("imports acme:db/query@1.0.0, which this host does not offer"), "{error}");
 }

@@ -15,6 +15,12 @@ use wasmtime_wasi::{ResourceTable, WasiCtx, WasiCtxView};
 
 use super::log::{INFO, Log, WARN};
 
+/// The newest WASI 0.2 that is served.
+pub(super) const WASI_0_2: &str = "0.2.12";
+
+/// The newest WASI 0.3 that is served.
+pub(super) const WASI_0_3: &str = "0.3.0";
+
 /// The WASI of one attempt.
 pub(super) struct Wasi {
     context: WasiCtx,
