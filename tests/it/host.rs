@@ -415,6 +415,33 @@ async fn a_cache_spares_the_second_compilation_and_changes_nothing() {
     assert_eq!(written[0], written[1], "the second host wrote nothing");
 }
 
+/// Somebody who never heard of the cache is served without one; somebody who names a folder gets that folder or an error.
+#[test]
+fn a_cache_folder_that_cannot_be_used_stops_only_those_who_asked_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    std::fs::write(path("file"), "").unwrap();
+    let audit = super::support::server::built_plugins().join("audit-trail.wasm");
+    let check = |environment: &[(&str, String)]| {
+        let mut tidegate = Command::new(env!("CARGO_BIN_EXE_tidegate"));
+        tidegate.args(["plugin", "check"]).arg(&audit).current_dir(folder.path()).env_clear();
+        tidegate.envs(environment.iter().cloned()).output().unwrap()
+    };
+    let compiled = |folder: &str| std::fs::read_dir(path(folder)).map_or(0, |entries| entries.count());
+
+    let unusable = check(&[("XDG_CACHE_HOME", path("file"))]);
+    assert!(unusable.status.success(), "{unusable:?}");
+    let usable = check(&[("XDG_CACHE_HOME", path("caches"))]);
+    assert!(usable.status.success() && compiled("caches/tidegate") == 1, "{usable:?}");
+    let off = check(&[("XDG_CACHE_HOME", path("none")), ("TIDEGATE_HOST__CACHE", "off".to_owned())]);
+    assert!(off.status.success() && !Path::new(&path("none")).exists(), "{off:?}");
+    let homeless = check(&[]);
+    assert!(homeless.status.success(), "{homeless:?}");
+    let named = check(&[("TIDEGATE_HOST__CACHE", path("file"))]);
+    let said = String::from_utf8_lossy(&named.stderr);
+    assert!(named.status.code() == Some(2) && said.contains("host.cache: cannot be used"), "{named:?}");
+}
+
 /// What a test does again in a process of its own is said by this variable.
 const CONFINED: &str = "TIDEGATE_TEST_WITHOUT_POOL";
 
