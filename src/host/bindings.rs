@@ -18,6 +18,9 @@ wasmtime::component::bindgen!({
 /// The package that every interface of ours belongs to.
 pub(super) const PACKAGE: &str = "tidegate:plugin";
 
+/// The version that this host serves, and every plugin for an older one of the same major version.
+pub(super) const VERSION: &str = "1.0.0";
+
 /// The major version that this host serves. A second one would get bindings of its own beside these.
 pub(super) const MAJOR: &str = "1";
 

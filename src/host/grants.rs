@@ -5,10 +5,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::bindings::{HANDLER, MAJOR, PACKAGE};
+use super::bindings::{HANDLER, MAJOR, PACKAGE, VERSION};
 use super::component::Interface;
 use super::manifest::{Capabilities, Manifest};
 use super::options::PluginOptions;
+use super::wasi::{WASI_0_2, WASI_0_3};
 use crate::event::EventType;
 use crate::pattern::Pattern;
 
@@ -21,8 +22,10 @@ pub(super) struct Powers {
     pub(super) events: Vec<Pattern>,
     /// Its settings: every key that it may ask for, with the value where the operator gave one.
     pub(super) config: BTreeMap<String, Option<String>>,
-    /// Whether it was built for WASI, and is given a WASI in which nothing is granted.
+    /// Whether it was built for WASI 0.2, and is given a WASI in which nothing is granted.
     pub(super) wasi: bool,
+    /// The same for WASI 0.3.
+    pub(super) wasi_3: bool,
 }
 
 impl Powers {
@@ -47,31 +50,58 @@ pub(super) fn decide(
         check_import(import, &manifest.capabilities)?;
     }
     let requested = &manifest.capabilities;
+    let imports_wasi = |version: &str| {
+        let mut imports = interface.imports.iter().map(|import| parts(import));
+        imports.any(|(package, _, built_for)| package.starts_with("wasi:") && built_for.starts_with(version))
+    };
     let value = |key: &String| (key.clone(), options.config.get(key).cloned());
     Ok(Powers {
         kv: requested.kv.iter().cloned().collect(),
         events: requested.events.clone(),
         config: requested.config.iter().map(value).collect(),
-        wasi: interface.imports.iter().any(|import| import.starts_with("wasi:")),
+        wasi: imports_wasi("0.2."),
+        wasi_3: imports_wasi("0.3."),
     })
 }
 
 /// The name of an interface in parts: `wasi:io/poll@0.2.6` is `("wasi:io", "poll", "0.2.6")`.
-fn parts(name: &str) -> (&str, &str, &str) {
+pub(super) fn parts(name: &str) -> (&str, &str, &str) {
     let (path, version) = name.split_once('@').unwrap_or((name, ""));
     let (package, interface) = path.split_once('/').unwrap_or((path, ""));
     (package, interface, version)
 }
 
-fn is_served(version: &str) -> bool {
-    version.split('.').next() == Some(MAJOR)
+/// The version of an interface's package that this host serves, which goes on with that of the interface.
+pub(super) fn served(name: &str) -> Option<&'static str> {
+    match parts(name) {
+        (PACKAGE, _, version) if is_served(version) => Some(VERSION),
+        (package, _, version) if package.starts_with("wasi:") && !is_pre_release(version) => {
+            [WASI_0_2, WASI_0_3].into_iter().find(|served| served.get(..4) == version.get(..4))
+        }
+        _ => None,
+    }
 }
 
-fn other_major(version: &str) -> String {
-    format!(
-        "was built for {PACKAGE} {version}, and this host serves {MAJOR}.x: \
-         build it against that version, or run it on a tidegate that serves {version}"
-    )
+fn is_served(version: &str) -> bool {
+    version.split('.').next() == Some(MAJOR) && !is_pre_release(version)
+}
+
+/// Nothing is compatible with a pre-release, not even the release.
+fn is_pre_release(version: &str) -> bool {
+    version.contains('-')
+}
+
+fn other_version(version: &str) -> String {
+    match is_pre_release(version) {
+        true => format!(
+            "was built for {PACKAGE} {version}, a pre-release that nothing else is compatible with: \
+             build it for {VERSION}"
+        ),
+        false => format!(
+            "was built for {PACKAGE} {version}, and this host serves {MAJOR}.x: \
+             build it for {VERSION}, or run it on a tidegate that serves {version}"
+        ),
+    }
 }
 
 /// A plugin exports the handler. What exports something else is told what it is.
@@ -81,11 +111,18 @@ pub(super) fn check_exports(exports: &[String]) -> std::result::Result<(), Strin
         return Ok(());
     }
     if let Some(version) = versions.find(|version| !is_served(version)) {
-        return Err(other_major(version));
+        return Err(other_version(version));
     }
-    if exports.iter().any(|name| name.starts_with("wasi:cli/run@")) {
+    let exports_one_of =
+        |names: &[&str]| exports.iter().any(|name| name.split('@').next().is_some_and(|n| names.contains(&n)));
+    if exports_one_of(&["wasi:cli/run"]) {
         return Err(format!(
             "is a WASI command and not a plugin: it has to export {HANDLER} instead of a main function"
+        ));
+    }
+    if exports_one_of(&["wasi:http/incoming-handler", "wasi:http/handler"]) {
+        return Err(format!(
+            "is a WASI HTTP service and not a plugin: it has to export {HANDLER}, which gets events instead of requests"
         ));
     }
     let exported = match exports {
@@ -136,7 +173,7 @@ fn is_covered(wish: &Pattern, grants: &[Pattern]) -> bool {
 fn check_import(import: &str, requested: &Capabilities) -> std::result::Result<(), String> {
     let (package, interface, version) = parts(import);
     match (package, interface) {
-        (PACKAGE, _) if !is_served(version) => Err(other_major(version)),
+        (PACKAGE, _) if !is_served(version) => Err(other_version(version)),
         (PACKAGE, "types" | "delivery" | "log") => Ok(()),
         (PACKAGE, "config") => needs_request(import, "config", "the settings", requested.config.is_empty()),
         (PACKAGE, "events") => needs_request(import, "events", "the types", requested.events.is_empty()),
@@ -144,14 +181,29 @@ fn check_import(import: &str, requested: &Capabilities) -> std::result::Result<(
         (PACKAGE, _) => Err(format!("imports {import}, which this host does not have: run it on a newer tidegate")),
         ("wasi:http", _) => Err(format!("imports {import}: outbound HTTP is not offered by this version of tidegate")),
         ("wasi:cli" | "wasi:clocks" | "wasi:filesystem" | "wasi:io" | "wasi:random" | "wasi:sockets", _) => {
-            match version.starts_with("0.2.") {
-                true => Ok(()),
-                false => Err(format!("imports {import}, and this host serves WASI 0.2: build it for wasm32-wasip2")),
+            match served(import) {
+                Some(_) => Ok(()),
+                None => Err(format!(
+                    "imports {import}, and this host serves WASI {WASI_0_2} and {WASI_0_3} and what is older of the same \
+                     two: build it for wasm32-wasip2"
+                )),
             }
         }
         _ => Err(format!(
-            "imports {import}, which this host does not offer: a plugin may import {PACKAGE} interfaces and WASI 0.2"
+            "imports {import}, which this host does not offer: a plugin may import interfaces of {PACKAGE} and of WASI{}",
+            instead(package).map_or_else(String::new, |ours| format!("; {PACKAGE}/{ours} does what it is for"))
         )),
+    }
+}
+
+/// What we have in place of a WASI draft.
+fn instead(package: &str) -> Option<&'static str> {
+    match package {
+        "wasi:keyvalue" => Some("kv"),
+        "wasi:config" => Some("config"),
+        "wasi:logging" => Some("log"),
+        "wasi:messaging" => Some("events"),
+        _ => None,
     }
 }
 
@@ -235,7 +287,19 @@ mod tests {
             ("tidegate:plugin/log@2.1.0", "built for tidegate:plugin 2.1.0, and this host serves 1.x"),
             ("tidegate:plugin/mail@1.4.0", "run it on a newer tidegate"),
             ("wasi:http/outgoing-handler@0.2.6", "outbound HTTP"),
-            ("wasi:cli/stdout@0.3.0", "WASI 0.2"),
+            ("tidegate:plugin/log@0.9.0", "this host serves 1.x"),
+            ("tidegate:plugin/log@1.1.0-rc.1", "1.1.0-rc.1, a pre-release that nothing else is compatible with"),
+            ("wasi:cli/stdout@0.4.0", "this host serves WASI 0.2.12 and 0.3.0"),
+            ("wasi:cli/stdout@0.3.0-rc-2026-02-09", "this host serves WASI 0.2.12 and 0.3.0"),
+            ("wasi:cli/stdout@0.2.0-rc-2023-12-05", "this host serves WASI 0.2.12 and 0.3.0"),
+            (
+                "wasi:keyvalue/store@0.2.0-draft",
+                "does not offer: a plugin may import interfaces of tidegate:plugin and of WASI; tidegate:plugin/kv does",
+            ),
+            ("wasi:config/store@0.2.0-rc.1", "tidegate:plugin/config does what it is for"),
+            ("wasi:logging/logging@0.1.0-draft", "tidegate:plugin/log does"),
+            ("wasi:messaging/producer@0.2.0-draft", "tidegate:plugin/events does"),
+            ("wasi:nn/inference@0.2.0", "of tidegate:plugin and of WASI"),
             ("acme:db/query@1.0.0", "acme:db/query@1.0.0, which this host does not offer"),
             ("now", "now, which this host does not offer"),
         ];
@@ -245,15 +309,22 @@ mod tests {
         }
         let free = ["tidegate:plugin/types@1.0.0", "tidegate:plugin/delivery@1.0.0", "tidegate:plugin/log@1.2.0"];
         assert_eq!(decided(&free, "", ""), Ok(Powers::default()));
-        assert!(decided(&["wasi:clocks/wall-clock@0.2.3"], "", "").unwrap().wasi);
+        let powers = |import| decided(&[import], "", "").map(|powers| (powers.wasi, powers.wasi_3)).unwrap();
+        assert_eq!(powers("wasi:clocks/wall-clock@0.2.3"), (true, false));
+        assert_eq!(powers("wasi:clocks/system-clock@0.3.0"), (false, true));
     }
 
     #[test]
     fn a_component_of_another_world_is_told_what_it_is() {
-        let rows: [(&[&str], &str); 4] = [
+        let rows: [(&[&str], &str); 9] = [
             (&[], "exports nothing, but a plugin exports tidegate:plugin/handler@1.0.0"),
             (&["acme:web/serve@0.1.0"], "exports acme:web/serve@0.1.0, but a plugin"),
             (&["wasi:cli/run@0.2.6"], "WASI command"),
+            (&["wasi:cli/run@0.3.0"], "WASI command"),
+            (&["wasi:http/incoming-handler@0.2.6"], "WASI HTTP service"),
+            (&["wasi:http/handler@0.3.0"], "WASI HTTP service"),
+            (&["tidegate:plugin/handler@0.1.0"], "built for tidegate:plugin 0.1.0"),
+            (&["tidegate:plugin/handler@1.0.0-rc.1"], "1.0.0-rc.1, a pre-release"),
             (&["tidegate:plugin/handler@2.0.0"], "built for tidegate:plugin 2.0.0"),
         ];
         for (exports, words) in rows {

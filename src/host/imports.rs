@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use bytesize::ByteSize;
-use wasmtime::component::{HasSelf, Linker};
+use wasmtime::component::{Component, HasSelf, Linker};
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
+use super::bindings::PluginPre;
 use super::bindings::tidegate::plugin::types::{Attributes, Fault};
 use super::bindings::tidegate::plugin::{config, delivery, events, kv, log, types};
 use super::convert::refusal;
@@ -95,6 +96,11 @@ impl State {
     /// Whether the host was called more often than allowed.
     pub(super) fn called_too_often(&self) -> bool {
         self.used.host_calls > self.terms.limits.host_calls
+    }
+
+    /// The call, to be made again from the start.
+    pub(super) fn into_call(self) -> Call {
+        self.call
     }
 
     /// The collection that a bucket is, once it is granted and one more use of `key` in it is within the limit.
@@ -337,11 +343,19 @@ impl WasiView for State {
     }
 }
 
+/// A component with exactly what these powers say behind its imports.
+///
+/// # Errors
+/// Words of the engine about an import or export of another shape than ours.
+pub(super) fn link(component: &Component, powers: &Powers) -> wasmtime::Result<PluginPre<State>> {
+    PluginPre::new(linker(component.engine(), powers)?.instantiate_pre(component)?)
+}
+
 /// A linker that offers exactly what these powers say.
 ///
 /// # Errors
 /// Those of the engine, which there are none of as long as no name is added twice.
-pub(super) fn linker(engine: &wasmtime::Engine, powers: &Powers) -> wasmtime::Result<Linker<State>> {
+fn linker(engine: &wasmtime::Engine, powers: &Powers) -> wasmtime::Result<Linker<State>> {
     let mut linker = Linker::new(engine);
     types::add_to_linker::<State, HasSelf<State>>(&mut linker, State::called)?;
     delivery::add_to_linker::<State, HasSelf<State>>(&mut linker, State::called)?;
@@ -357,6 +371,9 @@ pub(super) fn linker(engine: &wasmtime::Engine, powers: &Powers) -> wasmtime::Re
     }
     if powers.wasi {
         wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
+    }
+    if powers.wasi_3 {
+        wasmtime_wasi::p3::add_to_linker(&mut linker)?;
     }
     Ok(linker)
 }

@@ -6,6 +6,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::OnceCell;
 use wasmtime::{PoolConcurrencyLimitError, Store, Trap, UpdateDeadline, WasmBacktrace};
 use wasmtime_wasi::I32Exit;
 
@@ -13,18 +16,29 @@ use super::bindings::PluginPre;
 use super::bindings::tidegate::plugin::types;
 use super::convert;
 use super::engine::{Engine, TICK};
-use super::imports::{State, Stop, Terms};
+use super::imports::{State, Stop, Terms, link};
 use super::limits::bytes;
 use crate::delivery::{Fault, Trace, Verdict};
-use crate::handler::{Call, Effects, Outcome};
+use crate::event::{Event, EventType, Payload, Source};
+use crate::handler::{Call, Effects, KvRead, Outcome};
 
 /// How much later than the epoch the timer fires: the epoch knows where the guest was, the timer does not.
 const GRACE: Duration = TICK.saturating_mul(5);
 
 /// A linked component with the terms that it runs under.
 pub(super) struct Prepared {
-    pub(super) pre: PluginPre<State>,
+    pre: PluginPre<State>,
+    /// The same for instances that found the pool full.
+    outside: OnceCell<PluginPre<State>>,
     pub(super) terms: Arc<Terms>,
+}
+
+/// Why no instance could be made at all.
+pub(super) enum Unstarted {
+    /// In words.
+    Failed(String),
+    /// What the engine says about a handler of another type than the one that we call.
+    Unfit(wasmtime::Error),
 }
 
 /// How a call ended, before anybody judged it.
@@ -40,22 +54,72 @@ enum End {
 }
 
 impl Prepared {
+    /// A linked component that runs under these terms.
+    pub(super) fn new(pre: PluginPre<State>, terms: Terms) -> Self {
+        Self { pre, outside: OnceCell::new(), terms: Arc::new(terms) }
+    }
+
+    /// Makes an instance and lets it go. Only then is it known whether the handler has the type that we call, and
+    /// whether the guest fails before it is called at all.
+    ///
+    /// # Errors
+    /// [`Unstarted`].
+    pub(super) async fn start(&self, engine: &Arc<Engine>) -> Result<(), Unstarted> {
+        let allowed = self.terms.limits.timeout;
+        let Ok(_slot) = tokio::time::timeout(allowed, engine.slots().acquire()).await else {
+            return Err(Unstarted::Failed(busy(allowed)));
+        };
+        let deadline = Instant::now().checked_add(allowed).unwrap_or_else(Instant::now);
+        let mut pre = &self.pre;
+        loop {
+            let call = nobodys_call().map_err(|error| Unstarted::Failed(error.to_string()))?;
+            let mut store = self.store(pre, call, deadline);
+            let left = deadline.saturating_duration_since(Instant::now()).saturating_add(GRACE);
+            let error = match tokio::time::timeout(left, pre.instantiate_async(&mut store)).await {
+                Ok(Ok(_)) => return Ok(()),
+                Ok(Err(error)) => error,
+                Err(_) => return Err(Unstarted::Failed(format!("takes longer than {allowed:?} to start"))),
+            };
+            let outside =
+                if error.is::<PoolConcurrencyLimitError>() { self.outside_the_pool(engine).await } else { None };
+            match outside {
+                Some(outside) => pre = outside,
+                None => return Err(self.unstarted(error, store.data().meter.has_refused())),
+            }
+        }
+    }
+
+    fn unstarted(&self, error: wasmtime::Error, has_refused_memory: bool) -> Unstarted {
+        if has_refused_memory {
+            let limit = self.terms.limits.memory;
+            return Unstarted::Failed(format!("needs more than its memory of {limit} to start: raise limits.memory"));
+        }
+        let is_of_guest =
+            error.is::<Trap>() || error.is::<WasmBacktrace>() || error.is::<I32Exit>() || error.is::<Stop>();
+        match is_of_guest || error.is::<PoolConcurrencyLimitError>() {
+            true => Unstarted::Failed(format!("fails as it starts, before it is called: {}", error.root_cause())),
+            false => Unstarted::Unfit(error),
+        }
+    }
+
     /// Makes one attempt, within the shorter of the call's timeout and the plugin's own.
-    pub(super) async fn attempt(&self, engine: &Engine, call: Call) -> Outcome {
+    pub(super) async fn attempt(&self, engine: &Arc<Engine>, call: Call) -> Outcome {
         let allowed = call.timeout.min(self.terms.limits.timeout);
         let began = Instant::now();
         let Ok(slot) = tokio::time::timeout(allowed, engine.slots().acquire()).await else {
-            let words = format!("no instance became free within {allowed:?}: raise host.instances");
             let trace = Trace { digest: Some(Arc::clone(&self.terms.digest)), ..Trace::default() };
-            return Outcome { trace, ..Outcome::failed(Verdict::HostFault, Fault::new("host-busy", words)) };
+            return Outcome { trace, ..Outcome::failed(Verdict::HostFault, Fault::new("host-busy", busy(allowed))) };
         };
         let event = convert::guest_event(&call.event);
-        let mut store = self.store(engine, call, began.checked_add(allowed).unwrap_or(began));
-        let left = allowed.saturating_sub(began.elapsed());
-        let end = match tokio::time::timeout(left.saturating_add(GRACE), self.call(&mut store, &event)).await {
-            Ok(end) => end,
-            Err(_) => End::Waiting,
-        };
+        let deadline = began.checked_add(allowed).unwrap_or(began);
+        let mut store = self.store(&self.pre, call, deadline);
+        let mut end = within(deadline, call_in(&self.pre, &mut store, &event)).await;
+        if is_pool_full(&end)
+            && let Some(outside) = self.outside_the_pool(engine).await
+        {
+            store = self.store(outside, store.into_data().into_call(), deadline);
+            end = within(deadline, call_in(outside, &mut store, &event)).await;
+        }
         let outcome = self.outcome(end, allowed, store);
         // Not before the store is gone, and the instance with it.
         drop(slot);
@@ -63,8 +127,8 @@ impl Prepared {
     }
 
     /// A store with all limits armed.
-    fn store(&self, engine: &Engine, call: Call, deadline: Instant) -> Store<State> {
-        let mut store = Store::new(engine.wasmtime(), State::new(&self.terms, call, deadline));
+    fn store(&self, pre: &PluginPre<State>, call: Call, deadline: Instant) -> Store<State> {
+        let mut store = Store::new(pre.engine(), State::new(&self.terms, call, deadline));
         store.limiter(|state| &mut state.meter);
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(move |store| {
@@ -77,15 +141,14 @@ impl Prepared {
         store
     }
 
-    async fn call(&self, store: &mut Store<State>, event: &types::Event) -> End {
-        let plugin = match self.pre.instantiate_async(&mut *store).await {
-            Ok(plugin) => plugin,
-            Err(error) => return End::NotBegun(error),
+    /// What runs on an engine without a pool, made at the first need of it.
+    async fn outside_the_pool(&self, engine: &Arc<Engine>) -> Option<&PluginPre<State>> {
+        let make = async || {
+            tracing::info!(plugin = %self.terms.name, "the pool is full, instances are allocated beside it");
+            link(&engine.outside_the_pool(self.pre.instance_pre().component()).await?, &self.terms.powers)
         };
-        match plugin.tidegate_plugin_handler().call_handle(store, event).await {
-            Ok(answer) => End::Returned(answer),
-            Err(error) => End::Stopped(error),
-        }
+        let made = self.outside.get_or_try_init(make).await;
+        made.inspect_err(|error| tracing::error!(error = format!("{error:#}"), "no instance beside the pool")).ok()
     }
 
     fn outcome(&self, end: End, allowed: Duration, store: Store<State>) -> Outcome {
@@ -172,9 +235,59 @@ impl Prepared {
     }
 }
 
+/// The call that an instance is made for which nobody calls.
+fn nobodys_call() -> crate::error::Result<Call> {
+    let event = Event::new(Source::System, EventType::parse("tidegate.plugins.start")?, Payload::json_text("null")?);
+    Ok(Call {
+        event: Arc::new(event),
+        subscription: "".into(),
+        attempt: 1,
+        max_attempts: 1,
+        timeout: Duration::ZERO,
+        is_replay: false,
+        kv: Arc::new(NoValues),
+    })
+}
+
+/// A store with nothing in it.
+struct NoValues;
+
+#[async_trait]
+impl KvRead for NoValues {
+    async fn get(&self, _: &str, _: &str) -> crate::error::Result<Option<Bytes>> {
+        Ok(None)
+    }
+}
+
+/// Instantiates and calls.
+async fn call_in(pre: &PluginPre<State>, store: &mut Store<State>, event: &types::Event) -> End {
+    let plugin = match pre.instantiate_async(&mut *store).await {
+        Ok(plugin) => plugin,
+        Err(error) => return End::NotBegun(error),
+    };
+    match plugin.tidegate_plugin_handler().call_handle(store, event).await {
+        Ok(answer) => End::Returned(answer),
+        Err(error) => End::Stopped(error),
+    }
+}
+
+/// Waits for the call, and a little longer than until `deadline`.
+async fn within(deadline: Instant, call: impl Future<Output = End>) -> End {
+    let left = deadline.saturating_duration_since(Instant::now());
+    tokio::time::timeout(left.saturating_add(GRACE), call).await.unwrap_or(End::Waiting)
+}
+
+fn is_pool_full(end: &End) -> bool {
+    matches!(end, End::NotBegun(error) if error.is::<PoolConcurrencyLimitError>())
+}
+
 /// Whether an instance is missing for reasons that are not the guest's.
 fn is_ours(error: &wasmtime::Error) -> bool {
     error.is::<PoolConcurrencyLimitError>() || !(error.is::<Trap>() || error.is::<WasmBacktrace>())
+}
+
+fn busy(allowed: Duration) -> String {
+    format!("no instance became free within {allowed:?}: raise host.instances")
 }
 
 fn timed_out(allowed: Duration) -> Outcome {

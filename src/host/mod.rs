@@ -27,7 +27,7 @@ mod registry;
 mod reload;
 
 pub use limits::Limits;
-pub use options::{Options, PluginOptions};
+pub use options::{CodeCache, Options, PluginOptions};
 pub use registry::{Checked, Host, Plugin, PluginStatus, Refusal, VersionStatus, check};
 pub use reload::{Change, Folder};
 

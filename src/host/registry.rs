@@ -138,10 +138,10 @@ impl Host {
     /// Starts the engine. No plugin is loaded yet.
     ///
     /// # Errors
-    /// [`Error::Incompatible`] when guests cannot be run here, and [`Error::Invalid`] for a cache folder that is not private.
+    /// [`Error::Incompatible`] when guests cannot be run here, and [`Error::Invalid`] for a cache folder that
+    /// was asked for and is not private or not writable.
     pub fn new(options: Options, metrics: Option<Metrics>) -> Result<Self> {
-        let settings =
-            Settings { slots: options.instances.get(), max_memory: options.max_memory(), cache: options.cache.clone() };
+        let settings = Settings::new(options.instances.get(), options.max_memory(), options.cache_folder());
         let engine = Arc::new(Engine::new(&settings)?);
         let (slots, refused) = (Mutex::default(), Mutex::default());
         Ok(Self { inner: Arc::new(Inner { engine, options, metrics, slots, refused }) })

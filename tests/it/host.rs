@@ -3,7 +3,9 @@
 //! The guests are the built samples; a manifest of another wording makes another version of the same code.
 
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +15,7 @@ use serde_json::{Value, json};
 use tidegate::delivery::{KvChange, KvWrite};
 use tidegate::handler::{KvRead, Outcome};
 use tidegate::host::component::embed_manifest;
-use tidegate::host::{Change, Folder, Host, Options, PluginOptions};
+use tidegate::host::{Change, CodeCache, Folder, Host, Options, PluginOptions};
 use tidegate::{Call, Event, Handler, Payload, Result, Source, Verdict};
 use tokio::sync::{Notify, Semaphore};
 
@@ -475,16 +477,78 @@ async fn a_cache_spares_the_second_compilation_and_changes_nothing() {
     let cache = folder.path().join("code");
     let mut written = Vec::new();
     for _ in 0..2 {
-        let mut options = Options { cache: Some(cache.clone()), ..Options::default() };
+        let mut options = Options { cache: CodeCache::Folder(cache.clone()), ..Options::default() };
         options.plugins.insert("faults".to_owned(), toml::from_str(GRANTS).unwrap());
         let handler = loaded(&Host::new(options, None).unwrap(), "").await;
         assert_eq!(attempt(&handler, json!({"fault": "none"})).await.verdict, Verdict::Ok);
         assert!(attempt(&handler, json!({"fault": "trap"})).await.trace.backtrace[0].contains("::perform"));
         let files = std::fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap().metadata().unwrap());
-        written.push(files.map(|file| file.modified().unwrap()).collect::<Vec<_>>());
+        written.push(files.map(|file| file.ino()).collect::<Vec<_>>());
     }
     assert_eq!(written[0].len(), 1);
     assert_eq!(written[0], written[1], "the second host wrote nothing");
+}
+
+/// Somebody who never heard of the cache is served without one; somebody who names a folder gets that folder or an error.
+#[test]
+fn a_cache_folder_that_cannot_be_used_stops_only_those_who_asked_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+    std::fs::write(path("file"), "").unwrap();
+    let audit = super::support::server::built_plugins().join("audit-trail.wasm");
+    let check = |environment: &[(&str, String)]| {
+        let mut tidegate = Command::new(env!("CARGO_BIN_EXE_tidegate"));
+        tidegate.args(["plugin", "check"]).arg(&audit).current_dir(folder.path()).env_clear();
+        tidegate.envs(environment.iter().cloned()).output().unwrap()
+    };
+    let compiled = |folder: &str| std::fs::read_dir(path(folder)).map_or(0, |entries| entries.count());
+
+    let unusable = check(&[("XDG_CACHE_HOME", path("file"))]);
+    assert!(unusable.status.success(), "{unusable:?}");
+    let usable = check(&[("XDG_CACHE_HOME", path("caches"))]);
+    assert!(usable.status.success() && compiled("caches/tidegate") == 1, "{usable:?}");
+    let off = check(&[("XDG_CACHE_HOME", path("none")), ("TIDEGATE_HOST__CACHE", "off".to_owned())]);
+    assert!(off.status.success() && !Path::new(&path("none")).exists(), "{off:?}");
+    let homeless = check(&[]);
+    assert!(homeless.status.success(), "{homeless:?}");
+    let named = check(&[("TIDEGATE_HOST__CACHE", path("file"))]);
+    let said = String::from_utf8_lossy(&named.stderr);
+    assert!(named.status.code() == Some(2) && said.contains("host.cache: cannot be used"), "{named:?}");
+}
+
+/// What a test does again in a process of its own is said by this variable.
+const CONFINED: &str = "TIDEGATE_TEST_WITHOUT_POOL";
+
+/// The pool takes terabytes of address space, and a single guest a little more than four gigabytes.
+#[test]
+fn without_address_space_for_a_pool_instances_are_allocated_one_by_one() {
+    if std::env::var_os(CONFINED).is_some() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let host = host();
+            let handler = loaded(&host, "").await;
+            for (fault, verdict) in [("none", Verdict::Ok), ("trap", Verdict::Trap), ("none", Verdict::Ok)] {
+                assert_eq!(attempt(&handler, json!({"fault": fault})).await.verdict, verdict);
+            }
+        });
+        return;
+    }
+    let name = "host::without_address_space_for_a_pool_instances_are_allocated_one_by_one";
+    let limited = |kilobytes: u64| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("ulimit -v {kilobytes} && exec \"$0\" \"$@\"")]);
+        shell.arg(std::env::current_exe().unwrap()).args([name, "--exact", "--nocapture"]);
+        shell.env(CONFINED, "1").output().unwrap()
+    };
+    let answer = limited(16 << 20);
+    let said = String::from_utf8_lossy(&answer.stdout);
+    assert!(
+        answer.status.success() && said.contains("1 passed"),
+        "{said}\n{}",
+        String::from_utf8_lossy(&answer.stderr)
+    );
+    // The limit bites: with less than one guest needs, nothing runs.
+    assert!(!limited(3 << 20).status.success());
 }
 
 fn put(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {

@@ -10,6 +10,7 @@
 
 mod bad_input;
 mod broker;
+mod confinement;
 mod crash;
 mod edges;
 mod host;
