@@ -67,7 +67,7 @@ struct Plugin {
 struct Version {
     version: String,
     digest: String,
-    loaded_at: String,
+    active_since: String,
 }
 
 #[derive(Deserialize)]
@@ -106,10 +106,10 @@ async fn list(args: client::Args) -> Result<Exit> {
         return print_line(answer);
     }
     let Listing { plugins } = serde_json::from_slice(&answer)?;
-    let mut table = Table::new(&["NAME", "VERSION", "DIGEST", "LOADED"]);
+    let mut table = Table::new(&["NAME", "VERSION", "DIGEST", "ACTIVE SINCE"]);
     for Plugin { name, active, .. } in &plugins {
         let [version, digest, loaded] = match active {
-            Some(active) => [active.version.clone(), short(&active.digest, 19), active.loaded_at.clone()],
+            Some(active) => [active.version.clone(), short(&active.digest, 19), active.active_since.clone()],
             None => ["none".to_owned(), String::new(), String::new()],
         };
         table.row([name.clone(), version, digest, loaded]);

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
+use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
 use super::limits::{Limits, bytes};
@@ -19,6 +20,8 @@ pub struct Options {
     /// A private folder for compiled code; `None` to compile at every start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
+    /// The largest component that is read, in bytes, so that no file in the folder can fill the memory.
+    pub max_component: ByteSize,
     /// Attempts at once, over all plugins; one more waits for an instance within its own timeout.
     pub instances: NonZeroU32,
     /// What an attempt may use, unless the plugin's section says otherwise.
@@ -29,12 +32,22 @@ pub struct Options {
     pub plugins: BTreeMap<String, PluginOptions>,
 }
 
+/// The default of [`Options::max_component`]: a guest that brings a whole Python has 40 MiB.
+const MAX_COMPONENT: ByteSize = ByteSize::mib(64);
+
 /// The default of [`Options::instances`]: more than the workers of any sensible broker.
 const INSTANCES: NonZeroU32 = NonZeroU32::MIN.saturating_add(255);
 
 impl Default for Options {
     fn default() -> Self {
-        Self { directory: None, cache: None, instances: INSTANCES, limits: Limits::default(), plugins: BTreeMap::new() }
+        Self {
+            directory: None,
+            cache: None,
+            max_component: MAX_COMPONENT,
+            instances: INSTANCES,
+            limits: Limits::default(),
+            plugins: BTreeMap::new(),
+        }
     }
 }
 
@@ -59,7 +72,7 @@ impl Options {
 
     /// The most memory that any plugin is allowed, in bytes.
     pub(super) fn max_memory(&self) -> usize {
-        let own = self.plugins.values().filter_map(|plugin| plugin.limits.memory.map(bytesize::ByteSize));
+        let own = self.plugins.values().filter_map(|plugin| plugin.limits.memory.map(ByteSize));
         bytes(own.fold(self.limits.memory, Ord::max))
     }
 }

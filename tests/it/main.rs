@@ -14,5 +14,6 @@ mod crash;
 mod edges;
 mod host;
 mod house;
+mod reload;
 mod restart;
 mod support;
