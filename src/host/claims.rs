@@ -8,6 +8,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::files::shown;
 use super::manifest::Manifest;
 
 /// The names that a plugin needs for itself.
@@ -33,6 +34,13 @@ impl fmt::Display for Name {
             Self::Plugin(name) => write!(f, "the name {name}"),
             Self::Subscription(name) => write!(f, "a subscription called {name}"),
         }
+    }
+}
+
+impl Name {
+    /// Why a candidate that needs this name is refused.
+    pub(super) fn taken_by(&self, owner: &Path) -> String {
+        format!("needs {self}, which the plugin in {} has: remove or rename one", shown(owner))
     }
 }
 

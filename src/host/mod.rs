@@ -27,12 +27,15 @@ mod load;
 mod registry;
 mod files;
 mod claims;
+mod check;
 mod reloader;
 mod reload;
 
+pub use check::{CheckedFile, check_files};
+pub use grants::needed_grants;
 pub use limits::Limits;
 pub use options::{Options, PluginOptions};
-pub use registry::{Checked, Host, Plugin, PluginStatus, Refusal, VersionStatus, check};
+pub use registry::{Checked, Host, Plugin, PluginDetail, PluginStatus, Refusal, VersionStatus, check};
 pub use reload::{Change, Folder};
 pub use reloader::{Reloaded, Reloader};
 

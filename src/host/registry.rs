@@ -72,6 +72,20 @@ pub struct PluginStatus {
     pub refused: Option<Refusal>,
 }
 
+/// A plugin with what its active version says about itself.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PluginDetail {
+    /// As lists show it.
+    #[serde(flatten)]
+    pub status: PluginStatus,
+    /// The active version's manifest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub manifest: Option<Arc<Manifest>>,
+    /// What the active version imports and exports.
+    #[serde(flatten)]
+    pub interface: Option<Interface>,
+}
+
 /// A version as lists show it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct VersionStatus {
@@ -219,6 +233,17 @@ impl Host {
     #[must_use]
     pub fn status(&self, name: &str) -> Option<PluginStatus> {
         self.plugins().into_iter().find(|plugin| plugin.name == name)
+    }
+
+    /// The plugin of this name, with what its active version says about itself.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] for a name that neither a plugin nor a refused candidate has.
+    pub fn inspect(&self, name: &str) -> Result<PluginDetail> {
+        let status = self.status(name).ok_or_else(|| Error::not_found("plugin", name))?;
+        let active = self.active(name);
+        let manifest = active.as_ref().map(|active| Arc::clone(&active.manifest));
+        Ok(PluginDetail { status, manifest, interface: active.map(|active| active.interface.clone()) })
     }
 
     /// All plugins by name, those of refused candidates included.

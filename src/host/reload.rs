@@ -357,13 +357,12 @@ impl Folder {
                 (holds, State::Refused, None)
             }
             (found, Some((name, owner))) => {
-                let words = format!("needs {name}, which the plugin in {} has: remove or rename one", shown(&owner));
                 let plugin = match found {
                     Found::New(plugin) => Some(plugin.name().to_owned()),
                     Found::Active(plugin) => Some(plugin.name().to_owned()),
                     Found::Same | Found::Refused(_) => None,
                 };
-                refuse(plugin, words);
+                refuse(plugin, name.taken_by(&owner));
                 (holds, State::StandsBack, None)
             }
             (Found::Active(plugin), None) => {

@@ -10,7 +10,7 @@ use super::body;
 use super::problem::Problem;
 use super::query::Query;
 use crate::error::Error;
-use crate::host::{Host, PluginStatus, Reloaded};
+use crate::host::{Host, PluginDetail, PluginStatus, Reloaded};
 
 #[derive(Serialize)]
 pub(super) struct Listing {
@@ -22,6 +22,18 @@ pub(super) async fn list(State(app): State<App>, RawQuery(raw): RawQuery) -> Res
     Query::parse(raw.as_deref(), &[])?;
     let plugins = app.services()?.host.as_ref().map(Host::plugins).unwrap_or_default();
     Ok(Json(Listing { plugins }))
+}
+
+/// `GET /v1/plugins/{name}`.
+pub(super) async fn inspect(
+    State(app): State<App>,
+    Named(name): Named,
+    RawQuery(raw): RawQuery,
+) -> Result<Json<PluginDetail>, Problem> {
+    Query::parse(raw.as_deref(), &[])?;
+    let services = app.services()?;
+    let host = services.host.as_ref().ok_or_else(|| Error::not_found("plugin", &name))?;
+    Ok(Json(host.inspect(&name)?))
 }
 
 /// `POST /v1/plugins/{name}/reload`: answers once what the folder holds is in force.
