@@ -8,7 +8,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use crate::broker::Broker;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::handler::Handler;
 use crate::host::manifest::Manifest;
 use crate::host::{Change, Folder, Host};
@@ -37,16 +37,20 @@ impl Follower {
     /// # Errors
     /// When the folder cannot be read. What the broker's store refuses is tried again at the next look.
     pub async fn look(&mut self) -> Result<()> {
-        let outcome = match self.folder.scan().await {
+        match self.folder.scan().await {
             Ok(changes) => {
                 self.unbound.extend(changes.into_iter().map(|change| (Arc::clone(change.name()), change)));
-                self.bind_all().await;
+                let trouble = self.bind_all().await;
+                let refused =
+                    |words: &String| Error::store("broker", "bind the subscriptions of plugins", words.clone());
+                self.folder.answer(|| trouble.as_ref().map_or(Ok(()), |words| Err(refused(words))));
                 Ok(())
             }
-            Err(error) => Err(error),
-        };
-        self.folder.answer(&outcome);
-        outcome
+            Err(error) => {
+                self.folder.answer(|| Err(Error::plugin("folder", error.to_string())));
+                Err(error)
+            }
+        }
     }
 
     /// Follows the folder until `shutdown` completes.
@@ -70,7 +74,9 @@ impl Follower {
         }
     }
 
-    async fn bind_all(&mut self) {
+    /// Tells the broker what happened. What its store refuses stays to be told, and why is returned.
+    async fn bind_all(&mut self) -> Option<String> {
+        let mut trouble = None;
         // What is removed goes first, so that its names are free for what comes.
         let (gone, come): (Vec<_>, Vec<_>) = std::mem::take(&mut self.unbound)
             .into_values()
@@ -78,9 +84,11 @@ impl Follower {
         for change in gone.into_iter().chain(come) {
             if let Err(error) = self.bind(&change).await {
                 tracing::error!(plugin = %change.name(), %error, "a plugin's subscriptions are not in force yet");
+                trouble = Some(error.to_string());
                 self.unbound.insert(Arc::clone(change.name()), change);
             }
         }
+        trouble
     }
 
     async fn bind(&self, change: &Change) -> Result<()> {

@@ -266,10 +266,10 @@ impl Folder {
     }
 
     /// Tells those who asked what came of it, once the changes of the last [`scan`](Self::scan) are in force.
-    pub fn answer(&mut self, outcome: &Result<()>) {
+    pub fn answer(&mut self, outcome: impl Fn() -> Result<()>) {
         for asked in self.asked.drain(..) {
             // Who asked may have gone.
-            let _ = asked.send(outcome.as_ref().map(drop).map_err(ToString::to_string));
+            let _ = asked.send(outcome());
         }
     }
 

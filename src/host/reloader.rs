@@ -8,8 +8,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::registry::{Host, PluginStatus};
 use crate::error::{Error, Result};
 
-/// Where the follower answers, in words when the folder could not be read.
-pub(super) type Request = oneshot::Sender<Result<(), String>>;
+/// Where the follower answers.
+pub(super) type Request = oneshot::Sender<Result<()>>;
 
 /// Asks whoever follows the folder of plugins to look at it now. Cheap to clone.
 #[derive(Clone)]
@@ -36,9 +36,13 @@ impl Reloader {
     /// Reads the folder anew and waits until what came of it is in force.
     ///
     /// # Errors
-    /// [`Error::Plugin`] when the folder cannot be read, [`Error::Stopped`] when nobody follows it any more.
+    /// [`Error::Plugin`] when the folder cannot be read, [`Error::Store`] when subscriptions are not in force yet, and
+    /// [`Error::Stopped`] when nobody follows the folder any more.
     pub async fn reload_all(&self) -> Result<()> {
-        self.ask().await?.map_err(|words| Error::plugin("folder", words))
+        let (answer, answered) = oneshot::channel();
+        let gone = || Error::Stopped("the follower of the plugins' folder");
+        self.requests.send(answer).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
     }
 
     /// The same, for the sake of one plugin.
@@ -48,7 +52,7 @@ impl Reloader {
     /// candidate is refused, and as [`reload_all`](Self::reload_all).
     pub async fn reload(&self, name: &str) -> Result<Reloaded> {
         let before = self.host.status(name);
-        self.ask().await?.map_err(|words| Error::plugin(name, words))?;
+        self.reload_all().await?;
         let plugin = match (self.host.status(name), &before) {
             (Some(PluginStatus { refused: Some(refusal), .. }), _) => return Err(Error::plugin(name, refusal.error)),
             (Some(plugin), _) => plugin,
@@ -57,12 +61,5 @@ impl Reloader {
         };
         let changed = before.and_then(|before| before.digest()) != plugin.digest();
         Ok(Reloaded { plugin, changed })
-    }
-
-    async fn ask(&self) -> Result<Result<(), String>> {
-        let (answer, answered) = oneshot::channel();
-        let gone = || Error::Stopped("the follower of the plugins' folder");
-        self.requests.send(answer).await.map_err(|_| gone())?;
-        answered.await.map_err(|_| gone())
     }
 }

@@ -18,9 +18,9 @@ use tidegate::broker::Options as BrokerOptions;
 use tidegate::cli::follow::Follower;
 use tidegate::host::component::embed_manifest;
 use tidegate::host::{Change, Folder, Host, Options, PluginStatus, Refusal, Reloader};
-use tidegate::provider::Provider;
 use tidegate::provider::memory::{self, MemoryProvider};
 use tidegate::provider::sqlite::{self, SqliteProvider};
+use tidegate::provider::{Expect, Provider};
 use tidegate::{Broker, Error, Event, Metrics, Payload, Source, Status, Verdict};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -504,6 +504,24 @@ async fn the_deliveries_of_a_removed_plugin_wait_for_its_return() {
     rig.close().await;
 }
 
+/// A version that serves and whose subscriptions the store refuses is bound once the store does not.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_store_refuses_to_bind_is_tried_again() {
+    let rig = Rig::over_memory(&[]).await;
+    // A document that no broker can read stands in the way.
+    let (collection, name) = ("subscriptions", "faults");
+    rig.provider.put_document(collection, name, "damaged".into(), Expect::Absent, None).await.unwrap();
+    rig.replace("a.wasm", &faults(&subscribed("faults.**", name)));
+    let refused = rig.reloader.reload("faults").await.unwrap_err();
+    assert!(matches!(refused, Error::Store { .. }), "{refused}");
+    assert!(rig.host.active("faults").is_some() && rig.broker.subscription(name).is_err());
+    rig.provider.delete_document(collection, name, Expect::Any).await.unwrap();
+    rig.reloader.reload("faults").await.unwrap();
+    rig.publish("faults.tests.create", "e-1").await;
+    until("it is handled", async || rig.delivery("e-1").await.status == Status::Completed).await;
+    rig.close().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reload_on_demand_says_what_came_of_it() {
     let rig = Rig::over_memory(&[("a.wasm", faults(""))]).await;
@@ -524,12 +542,8 @@ async fn a_reload_on_demand_says_what_came_of_it() {
 
     // Who asks says that the file is finished: there is no waiting for it to settle.
     rig.replace("a.wasm", &faults("")[..1000]);
-    let began = Instant::now();
     let refused = rig.reloader.reload("faults").await.unwrap_err().to_string();
-    assert!(
-        refused.starts_with("plugin faults: is cut short") && began.elapsed() < Duration::from_secs(2),
-        "{refused}"
-    );
+    assert!(refused.starts_with("plugin faults: is cut short"), "{refused}");
     let PluginStatus { active, refused, .. } = rig.host.status("faults").unwrap();
     assert_eq!(active, seen);
     assert!(refused.is_some_and(|refused| refused.digest.is_some()));
