@@ -1,6 +1,6 @@
 //! Everything that a claim about speed rests on: each row runs ours and a named peer or limit in turn.
 //!
-//! `cargo bench` runs all; `cargo bench -- memory` what is named. Ratios are medians of pairs taken within one run.
+//! `cargo bench` runs all but the soak; `cargo bench -- memory` what is named. Ratios are medians of pairs taken within one run.
 
 #![expect(
     clippy::unwrap_used,
@@ -11,6 +11,7 @@
 
 mod memory;
 mod serve;
+mod soak;
 mod sqlite;
 mod support;
 
@@ -22,5 +23,9 @@ fn main() {
         if wanted.is_empty() || wanted.iter().any(|word| name.contains(word.as_str())) {
             run();
         }
+    }
+    // Minutes that nobody asked for are not spent.
+    if wanted.iter().any(|word| word == "soak") {
+        soak::run();
     }
 }

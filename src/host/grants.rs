@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::bindings::{HANDLER, MAJOR, PACKAGE, VERSION};
 use super::component::Interface;
 use super::manifest::{Capabilities, Manifest};
-use super::options::PluginOptions;
+use super::options::{Options, PluginOptions};
 use super::wasi::{WASI_0_2, WASI_0_3};
 use crate::event::EventType;
 use crate::pattern::Pattern;
@@ -138,14 +138,13 @@ pub(super) fn check_exports(exports: &[String]) -> std::result::Result<(), Strin
 /// Everything that is requested must be granted.
 fn check_grants(manifest: &Manifest, grants: &Capabilities) -> std::result::Result<(), String> {
     let requested = &manifest.capabilities;
-    let missing = [
-        line("kv", requested.kv.iter().filter(|name| !grants.kv.contains(name))),
-        line("events", requested.events.iter().filter(|wish| !is_covered(wish, &grants.events)).map(Pattern::as_str)),
-        line("config", requested.config.iter().filter(|key| !grants.config.contains(key))),
-        line("http", requested.http.iter().filter(|origin| !grants.http.contains(origin))),
-    ];
-    let missing: Vec<String> = missing.into_iter().flatten().collect();
-    match missing.as_slice() {
+    let missing = Capabilities {
+        kv: requested.kv.iter().filter(|name| !grants.kv.contains(name)).cloned().collect(),
+        events: requested.events.iter().filter(|wish| !is_covered(wish, &grants.events)).cloned().collect(),
+        config: requested.config.iter().filter(|key| !grants.config.contains(key)).cloned().collect(),
+        http: requested.http.iter().filter(|origin| !grants.http.contains(origin)).cloned().collect(),
+    };
+    match lines(&missing).as_slice() {
         [] => Ok(()),
         lines => Err(format!(
             "requests what is not granted: if it may, add {} to [plugins.{}.grants] in the configuration",
@@ -155,8 +154,22 @@ fn check_grants(manifest: &Manifest, grants: &Capabilities) -> std::result::Resu
     }
 }
 
-fn line<T: ToString>(capability: &str, missing: impl Iterator<Item = T>) -> Option<String> {
-    let names: Vec<String> = missing.map(|name| format!("{:?}", name.to_string())).collect();
+/// The section of the configuration that grants a plugin all that it requests, when not all of that is granted yet.
+#[must_use]
+pub fn needed_grants(manifest: &Manifest, options: &Options) -> Option<String> {
+    let granted = options.plugins.get(&manifest.name).map(|plugin| plugin.grants.clone());
+    check_grants(manifest, &granted.unwrap_or_default()).err()?;
+    Some(format!("[plugins.{}.grants]\n{}\n", manifest.name, lines(&manifest.capabilities).join("\n")))
+}
+
+/// Capabilities as lines of TOML, those that are empty left out.
+fn lines(capabilities: &Capabilities) -> Vec<String> {
+    let Capabilities { kv, events, config, http } = capabilities;
+    [line("kv", kv), line("events", events), line("config", config), line("http", http)].into_iter().flatten().collect()
+}
+
+fn line<T: ToString>(capability: &str, names: &[T]) -> Option<String> {
+    let names: Vec<String> = names.iter().map(|name| format!("{:?}", name.to_string())).collect();
     (!names.is_empty()).then(|| format!("{capability} = [{}]", names.join(", ")))
 }
 
@@ -244,7 +257,14 @@ mod tests {
         let words = decided(&[], requests, "kv = [\"other\"]").unwrap_err();
         let line = "add kv = [\"totals\"] and events = [\"shop.totals.*\"] to [plugins.totals.grants]";
         assert!(words.contains(line), "{words}");
-        assert!(decided(&[], requests, "kv = [\"other\", \"totals\"], events = [\"shop.totals.*\"]").is_ok());
+        let enough = "kv = [\"other\", \"totals\"], events = [\"shop.totals.*\"]";
+        assert!(decided(&[], requests, enough).is_ok());
+
+        let mut host = Options::default();
+        let section = needed_grants(&manifest(requests), &host).unwrap();
+        assert_eq!(section, format!("[plugins.totals.grants]\n{requests}\n"), "ready for the configuration");
+        host.plugins.insert("totals".to_owned(), options(enough));
+        assert_eq!(needed_grants(&manifest(requests), &host), None);
     }
 
     #[test]

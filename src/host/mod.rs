@@ -6,7 +6,8 @@
 //! publishes leaves in its [`Outcome`](crate::handler::Outcome).
 //!
 //! From the inside out: `instance` is one attempt, `imports` what the guest can ask for during it, `load` makes something
-//! callable of bytes, as `grants` decides, `registry` keeps what is active, and `reload` follows a folder.
+//! callable of bytes, as `grants` decides, `registry` keeps what is active, and `reload` follows
+//! a folder: what `files` sees there, as far as `claims` allows.
 
 pub mod component;
 pub mod guest;
@@ -24,12 +25,19 @@ mod engine;
 mod instance;
 mod load;
 mod registry;
+mod files;
+mod claims;
+mod check;
+mod reloader;
 mod reload;
 
+pub use check::{CheckedFile, check_files};
+pub use grants::needed_grants;
 pub use limits::Limits;
 pub use options::{CodeCache, Options, PluginOptions};
-pub use registry::{Checked, Host, Plugin, PluginStatus, Refusal, VersionStatus, check};
+pub use registry::{Checked, Host, Plugin, PluginDetail, PluginStatus, Refusal, VersionStatus, check};
 pub use reload::{Change, Folder};
+pub use reloader::{Reloaded, Reloader};
 
 #[cfg(test)]
 mod tests;

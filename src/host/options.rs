@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
+use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
 use super::cache::Folder;
@@ -24,6 +25,8 @@ pub struct Options {
     /// The folder that [`CodeCache::Auto`] stands for, which whoever reads the environment puts here; `None` for none.
     #[serde(skip)]
     pub user_cache: Option<PathBuf>,
+    /// The largest component that is read, in bytes, so that no file in the folder can fill the memory.
+    pub max_component: ByteSize,
     /// Attempts at once, over all plugins; one more waits for an instance within its own timeout.
     pub instances: NonZeroU32,
     /// What an attempt may use, unless the plugin's section says otherwise.
@@ -37,6 +40,9 @@ pub struct Options {
     pub plugins: BTreeMap<String, PluginOptions>,
 }
 
+/// The default of [`Options::max_component`]: a guest that brings a whole Python has 40 MiB.
+const MAX_COMPONENT: ByteSize = ByteSize::mib(64);
+
 /// The default of [`Options::instances`]: more than the workers of any sensible broker.
 const INSTANCES: NonZeroU32 = NonZeroU32::MIN.saturating_add(255);
 
@@ -46,6 +52,7 @@ impl Default for Options {
             directory: None,
             cache: CodeCache::default(),
             user_cache: None,
+            max_component: MAX_COMPONENT,
             instances: INSTANCES,
             limits: Limits::default(),
             max_payload: MAX_PAYLOAD,
@@ -137,7 +144,7 @@ impl Options {
 
     /// The most memory that any plugin is allowed, in bytes.
     pub(super) fn max_memory(&self) -> usize {
-        let own = self.plugins.values().filter_map(|plugin| plugin.limits.memory.map(bytesize::ByteSize));
+        let own = self.plugins.values().filter_map(|plugin| plugin.limits.memory.map(ByteSize));
         bytes(own.fold(self.limits.memory, Ord::max))
     }
 }

@@ -55,7 +55,8 @@ pub struct Plugin {
     manifest: Arc<Manifest>,
     interface: Interface,
     size: usize,
-    loaded_at: Timestamp,
+    /// Since when it is called by its name; until then, when it was loaded.
+    since: Timestamp,
     metrics: Option<PluginMetrics>,
 }
 
@@ -71,6 +72,20 @@ pub struct PluginStatus {
     pub refused: Option<Refusal>,
 }
 
+/// A plugin with what its active version says about itself.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PluginDetail {
+    /// As lists show it.
+    #[serde(flatten)]
+    pub status: PluginStatus,
+    /// The active version's manifest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub manifest: Option<Arc<Manifest>>,
+    /// What the active version imports and exports.
+    #[serde(flatten)]
+    pub interface: Option<Interface>,
+}
+
 /// A version as lists show it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct VersionStatus {
@@ -80,8 +95,8 @@ pub struct VersionStatus {
     pub digest: Arc<str>,
     /// The component's size in bytes.
     pub size: usize,
-    /// When it was loaded.
-    pub loaded_at: Timestamp,
+    /// Since when it serves.
+    pub active_since: Timestamp,
     /// What its attempts may use.
     pub limits: Limits,
 }
@@ -134,6 +149,13 @@ pub async fn check(options: &Options, origin: &str, bytes: Bytes) -> Result<Chec
     })
 }
 
+impl PluginStatus {
+    /// What identifies the active version.
+    pub(super) fn digest(&self) -> Option<Arc<str>> {
+        self.active.as_ref().map(|active| Arc::clone(&active.digest))
+    }
+}
+
 impl Host {
     /// Starts the engine. No plugin is loaded yet.
     ///
@@ -152,23 +174,24 @@ impl Host {
     /// # Errors
     /// [`Error::Plugin`] with what is wrong and what to do; `origin` stands for the name until that is known.
     pub async fn load(&self, origin: &str, bytes: Bytes) -> Result<Plugin> {
-        let candidate = self.candidate(bytes).await;
+        let candidate = self.candidate(digest(&bytes).into(), bytes).await;
         candidate
             .map_err(|Refused { plugin, reason }| Error::plugin(plugin.unwrap_or_else(|| file_name(origin)), reason))
     }
 
-    /// The same, for those who keep track of refusals themselves.
-    pub(super) async fn candidate(&self, bytes: Bytes) -> Result<Plugin, Refused> {
-        let Inner { engine, options, metrics, .. } = &*self.inner;
-        let (size, digest) = (bytes.len(), Arc::from(digest(&bytes)));
-        let Loaded { manifest, interface, prepared } = load(engine, options, Arc::clone(&digest), bytes).await?;
-        let metrics = metrics.as_ref().map(|metrics| metrics.of_plugin(&manifest.name, &digest));
-        let (engine, manifest, loaded_at) = (Arc::clone(engine), Arc::new(manifest), Timestamp::now());
-        Ok(Plugin { engine, prepared, manifest, interface, size, loaded_at, metrics })
+    /// The same, for those who keep track of refusals themselves, of bytes with this digest.
+    pub(super) async fn candidate(&self, digest: Arc<str>, bytes: Bytes) -> Result<Plugin, Refused> {
+        let Inner { engine, options, .. } = &*self.inner;
+        let size = bytes.len();
+        let Loaded { manifest, interface, prepared } = load(engine, options, digest, bytes).await?;
+        let (engine, manifest, since) = (Arc::clone(engine), Arc::new(manifest), Timestamp::now());
+        Ok(Plugin { engine, prepared, manifest, interface, size, since, metrics: None })
     }
 
     /// Puts a version in place of the one that its name had. Calls in progress finish on theirs.
-    pub fn activate(&self, plugin: Plugin) -> Arc<Plugin> {
+    pub fn activate(&self, mut plugin: Plugin) -> Arc<Plugin> {
+        plugin.metrics = self.inner.metrics.as_ref().map(|metrics| metrics.of_plugin(plugin.name(), plugin.digest()));
+        plugin.since = Timestamp::now();
         let plugin = Arc::new(plugin);
         let (name, version, digest) = (plugin.name(), &plugin.manifest.version, plugin.digest());
         tracing::info!(plugin = name, %version, %digest, "plugin version active");
@@ -195,6 +218,34 @@ impl Host {
         lock(&self.inner.slots).get(name).and_then(|slot| slot.active.load_full())
     }
 
+    /// The version with this digest, if it is active.
+    pub(super) fn active_of(&self, digest: &str) -> Option<Arc<Plugin>> {
+        let slots = lock(&self.inner.slots);
+        slots.values().filter_map(|slot| slot.active.load_full()).find(|plugin| &**plugin.digest() == digest)
+    }
+
+    /// What the host was made with.
+    pub(super) fn options(&self) -> &Options {
+        &self.inner.options
+    }
+
+    /// The plugin of this name, as [`plugins`](Self::plugins) lists it.
+    #[must_use]
+    pub fn status(&self, name: &str) -> Option<PluginStatus> {
+        self.plugins().into_iter().find(|plugin| plugin.name == name)
+    }
+
+    /// The plugin of this name, with what its active version says about itself.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] for a name that neither a plugin nor a refused candidate has.
+    pub fn inspect(&self, name: &str) -> Result<PluginDetail> {
+        let status = self.status(name).ok_or_else(|| Error::not_found("plugin", name))?;
+        let active = self.active(name);
+        let manifest = active.as_ref().map(|active| Arc::clone(&active.manifest));
+        Ok(PluginDetail { status, manifest, interface: active.map(|active| active.interface.clone()) })
+    }
+
     /// All plugins by name, those of refused candidates included.
     #[must_use]
     pub fn plugins(&self) -> Vec<PluginStatus> {
@@ -214,11 +265,16 @@ impl Host {
         all
     }
 
-    /// Remembers and reports that a candidate was refused.
+    /// Remembers that a candidate was refused, and reports it once.
     pub(super) fn refuse(&self, refusal: Refusal) {
-        let Refusal { origin, error, .. } = &refusal;
-        tracing::warn!(origin, error, "plugin candidate refused");
-        lock(&self.inner.refused).insert(refusal.origin.clone(), refusal);
+        let mut refused = lock(&self.inner.refused);
+        let is_same = |known: &Refusal| known.digest == refusal.digest && known.error == refusal.error;
+        if refused.get(&refusal.origin).is_some_and(is_same) {
+            return;
+        }
+        let Refusal { origin, digest, error, .. } = &refusal;
+        tracing::warn!(origin, digest, error, "plugin candidate refused");
+        refused.insert(origin.clone(), refusal);
     }
 
     /// Forgets the refusal of what came from `origin`.
@@ -306,7 +362,7 @@ impl Plugin {
             version: self.manifest.version.clone(),
             digest: Arc::clone(self.digest()),
             size: self.size,
-            loaded_at: self.loaded_at,
+            active_since: self.since,
             limits: self.limits().clone(),
         };
         PluginStatus { name: self.manifest.name.clone(), active: Some(active), refused: None }

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,12 +15,12 @@ use serde_json::{Value, json};
 use tidegate::delivery::{KvChange, KvWrite};
 use tidegate::handler::{KvRead, Outcome};
 use tidegate::host::component::embed_manifest;
-use tidegate::host::{Change, CodeCache, Folder, Host, Options, PluginOptions};
+use tidegate::host::{CodeCache, Host, Options, PluginOptions};
 use tidegate::{Call, Event, Handler, Payload, Result, Source, Verdict};
 use tokio::sync::{Notify, Semaphore};
 
 /// A built sample.
-fn guest(name: &str) -> Vec<u8> {
+pub(crate) fn guest(name: &str) -> Vec<u8> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("target/plugins/{name}.wasm"));
     match std::fs::read(&path) {
         Ok(bytes) => bytes,
@@ -28,7 +28,7 @@ fn guest(name: &str) -> Vec<u8> {
     }
 }
 
-const FAULTS: &str = r#"
+pub(crate) const FAULTS: &str = r#"
     name = "faults"
     version = "1.0.0"
     [capabilities]
@@ -37,19 +37,19 @@ const FAULTS: &str = r#"
     config = ["greeting"]
 "#;
 
-const GRANTS: &str = r#"
+pub(crate) const GRANTS: &str = r#"
     grants = { kv = ["faults"], events = ["faulty.**"], config = ["greeting", "other"] }
     config = { greeting = "hello" }
     limits = { fuel = 1000000000000, host_calls = 1000000000000 }
 "#;
 
 /// The misbehaving guest with this much added to its manifest.
-fn faults(more: &str) -> Vec<u8> {
+pub(crate) fn faults(more: &str) -> Vec<u8> {
     embed_manifest(&guest("faults"), &format!("{FAULTS}{more}")).unwrap()
 }
 
 /// A host that grants what the misbehaving guest asks for.
-fn host() -> Host {
+pub(crate) fn host() -> Host {
     let mut options = Options::default();
     options.plugins.insert("faults".to_owned(), toml::from_str::<PluginOptions>(GRANTS).unwrap());
     Host::new(options, None).unwrap()
@@ -549,106 +549,4 @@ fn without_address_space_for_a_pool_instances_are_allocated_one_by_one() {
     );
     // The limit bites: with less than one guest needs, nothing runs.
     assert!(!limited(3 << 20).status.success());
-}
-
-fn put(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
-    let path = folder.join(name);
-    std::fs::write(&path, bytes).unwrap();
-    path
-}
-
-/// `+name` for loaded and `-name` for removed.
-async fn scanned(folder: &mut Folder) -> Vec<String> {
-    let changes = folder.scan().await.unwrap();
-    let shown = changes.iter().map(|change| match change {
-        Change::Loaded { name, .. } => format!("+{name}"),
-        Change::Removed { name } => format!("-{name}"),
-    });
-    shown.collect()
-}
-
-/// Invariant 7: a reload that fails leaves the old version serving.
-#[tokio::test]
-async fn a_bad_candidate_leaves_the_old_version_serving_and_is_reported_once() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = put(directory.path(), "a.wasm", &faults(""));
-    put(directory.path(), "notes.txt", b"no plugin");
-    let host = host();
-    let mut folder = Folder::open(host.clone(), directory.path()).unwrap();
-    assert_eq!(scanned(&mut folder).await, ["+faults"]);
-    let good = Arc::clone(host.active("faults").unwrap().digest());
-
-    put(directory.path(), "a.wasm", &faults("")[..1000]);
-    assert!(scanned(&mut folder).await.is_empty());
-    let status = host.plugins();
-    let refused = status.iter().find_map(|plugin| plugin.refused.clone()).unwrap();
-    assert_eq!(refused.origin, path.to_string_lossy());
-    assert!(refused.error.contains("is cut short") && refused.digest.is_some(), "{refused:?}");
-    assert_eq!(host.active("faults").unwrap().digest(), &good);
-    assert!(scanned(&mut folder).await.is_empty());
-    assert_eq!(host.plugins().iter().find_map(|plugin| plugin.refused.clone()).unwrap().at, refused.at);
-
-    put(directory.path(), "a.wasm", &faults("# better\n"));
-    assert_eq!(scanned(&mut folder).await, ["+faults"]);
-    assert_ne!(host.active("faults").unwrap().digest(), &good);
-    assert!(host.plugins().iter().all(|plugin| plugin.refused.is_none()));
-}
-
-#[tokio::test]
-async fn a_plugin_goes_with_its_file_and_survives_its_renaming() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = put(directory.path(), "a.wasm", &faults(""));
-    let host = host();
-    let mut folder = Folder::open(host.clone(), directory.path()).unwrap();
-    assert_eq!(scanned(&mut folder).await, ["+faults"]);
-    std::fs::rename(&path, directory.path().join("b.wasm")).unwrap();
-    assert!(scanned(&mut folder).await.is_empty(), "the same plugin in another file");
-    assert!(host.active("faults").is_some());
-    std::fs::remove_file(directory.path().join("b.wasm")).unwrap();
-    assert_eq!(scanned(&mut folder).await, ["-faults"]);
-    assert!(host.active("faults").is_none() && host.plugins().is_empty());
-}
-
-#[tokio::test]
-async fn two_files_of_one_name_do_not_take_turns() {
-    let directory = tempfile::tempdir().unwrap();
-    let first = put(directory.path(), "a.wasm", &faults(""));
-    put(directory.path(), "b.wasm", &faults("# the other\n"));
-    let host = host();
-    let mut folder = Folder::open(host.clone(), directory.path()).unwrap();
-    assert_eq!(scanned(&mut folder).await, ["+faults"]);
-    let refused = host.plugins()[0].refused.clone().unwrap();
-    assert!(refused.error.contains("a.wasm") && refused.origin.ends_with("b.wasm"), "{refused:?}");
-    assert!(scanned(&mut folder).await.is_empty());
-    std::fs::remove_file(first).unwrap();
-    assert_eq!(scanned(&mut folder).await, ["+faults"]);
-    assert!(host.plugins()[0].refused.is_none());
-}
-
-#[tokio::test]
-async fn a_change_of_the_folder_is_noticed_without_asking() {
-    let directory = tempfile::tempdir().unwrap();
-    let mut folder = Folder::open(host(), directory.path()).unwrap();
-    folder.changed().await;
-    assert!(scanned(&mut folder).await.is_empty());
-    put(directory.path(), "a.wasm", &faults(""));
-    folder.changed().await;
-    assert_eq!(scanned(&mut folder).await, ["+faults"]);
-    std::fs::remove_file(directory.path().join("a.wasm")).unwrap();
-    folder.changed().await;
-    assert_eq!(scanned(&mut folder).await, ["-faults"]);
-}
-
-#[tokio::test]
-async fn a_folder_that_is_not_there_is_refused_and_one_that_vanishes_removes_nothing() {
-    let directory = tempfile::tempdir().unwrap();
-    let missing = Folder::open(host(), &directory.path().join("none")).map(|_| ()).unwrap_err().to_string();
-    assert!(missing.contains("plugins: must be an existing folder"), "{missing}");
-    put(directory.path(), "a.wasm", &faults(""));
-    let host = host();
-    let mut folder = Folder::open(host.clone(), directory.path()).unwrap();
-    assert_eq!(scanned(&mut folder).await, ["+faults"]);
-    directory.close().unwrap();
-    assert!(folder.scan().await.is_err());
-    assert!(host.active("faults").is_some());
 }
