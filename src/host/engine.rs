@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::Semaphore;
@@ -13,10 +13,14 @@ use wasmtime::component::Component;
 use wasmtime::{Config, Enabled, InstanceAllocationStrategy, PoolingAllocationConfig, WasmBacktraceDetails};
 
 use super::cache::Cache;
+use super::slots::Slots;
 use crate::error::{Error, Result};
 
 /// How often guests that compute are interrupted: to let other tasks run, and to see whether their time is up.
 pub(super) const TICK: Duration = Duration::from_millis(10);
+
+/// How often idle instances are looked through.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// Compiling uses every core by itself; more at once only takes memory.
 const COMPILES_AT_ONCE: usize = 2;
@@ -46,7 +50,7 @@ pub(super) struct Settings {
 /// Compiles components and says when they may run.
 pub(super) struct Engine {
     wasmtime: wasmtime::Engine,
-    slots: Arc<Semaphore>,
+    slots: Arc<Slots>,
     compiles: Arc<Semaphore>,
     cache: Option<Arc<Cache>>,
     /// Dropping it ends the ticking thread.
@@ -72,15 +76,9 @@ impl Engine {
             Some(folder) => Some(Arc::new(Cache::open(folder, &wasmtime)?)),
             None => None,
         };
-        let _ticker = tick(&wasmtime)?;
-        let slots = usize::try_from(settings.slots).unwrap_or(Semaphore::MAX_PERMITS).clamp(1, Semaphore::MAX_PERMITS);
-        Ok(Self {
-            wasmtime,
-            slots: Arc::new(Semaphore::new(slots)),
-            compiles: Arc::new(Semaphore::new(COMPILES_AT_ONCE)),
-            cache,
-            _ticker,
-        })
+        let slots = Slots::new(settings.slots);
+        let _ticker = tick(&wasmtime, &slots)?;
+        Ok(Self { wasmtime, slots, compiles: Arc::new(Semaphore::new(COMPILES_AT_ONCE)), cache, _ticker })
     }
 
     /// The engine itself.
@@ -88,8 +86,8 @@ impl Engine {
         &self.wasmtime
     }
 
-    /// What an attempt holds a permit of while it has an instance.
-    pub(super) fn slots(&self) -> &Arc<Semaphore> {
+    /// What an instance holds one of.
+    pub(super) fn slots(&self) -> &Arc<Slots> {
         &self.slots
     }
 
@@ -153,13 +151,21 @@ fn pooled(settings: &Settings) -> wasmtime::Result<wasmtime::Engine> {
 }
 
 /// Ticks from a thread of its own: a guest that computes can keep every thread of the runtime busy, timers included.
-fn tick(engine: &wasmtime::Engine) -> Result<Sender<()>> {
+/// Now and then it lets idle instances go.
+fn tick(engine: &wasmtime::Engine, slots: &Arc<Slots>) -> Result<Sender<()>> {
     let (alive, dropped) = mpsc::channel();
-    let engine = engine.weak();
+    let (engine, slots) = (engine.weak(), Arc::downgrade(slots));
     let work = move || {
+        let mut swept = Instant::now();
         while let Err(RecvTimeoutError::Timeout) = dropped.recv_timeout(TICK) {
             let Some(engine) = engine.upgrade() else { return };
             engine.increment_epoch();
+            if swept.elapsed() >= SWEEP
+                && let Some(slots) = slots.upgrade()
+            {
+                swept = Instant::now();
+                slots.release_idle(swept);
+            }
         }
     };
     let thread = std::thread::Builder::new().name("tidegate-epochs".into());

@@ -2,7 +2,7 @@
 //!
 //! Nothing is carried out here: events and writes are collected as [`Effects`], and reads of key-value data go through
 //! the [`Call`]. A request that breaks a rule is answered with a fault that the guest can read:
-//! `denied` (not granted), `invalid-…`, `too-large` or `too-many`. Only what cannot be answered so ends the attempt: a
+//! `denied` (not granted), `invalid-…`, `too-large`, `too-many`, or `no-turn` in a batch. Only what cannot be answered so ends the attempt: a
 //! setting that was never requested ([`Stop::Denied`]) and a store that cannot be read ([`Stop::HostFault`]).
 
 use std::collections::HashMap;
@@ -13,12 +13,13 @@ use bytes::Bytes;
 use wasmtime::component::{HasSelf, Linker};
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
-use super::bindings::tidegate::plugin::types::{Attributes, Fault};
+use super::bindings::tidegate::plugin::events::Attributes;
+use super::bindings::tidegate::plugin::types::Fault;
 use super::bindings::tidegate::plugin::{config, delivery, events, kv, log, types};
 use super::convert::refusal;
 use super::grants::Powers;
 use super::limits::{Limits, Meter, bytes};
-use super::log::Log;
+use super::log::{Log, Tail};
 use super::wasi::Wasi;
 use crate::delivery::{KvChange, KvWrite, LogLine};
 use crate::event::{EventId, EventType, MAX_TEXT, Metadata, Payload, short_text};
@@ -27,7 +28,8 @@ use crate::handler::{Call, Effects, Publish};
 /// The most key-value writes of one attempt.
 const MAX_WRITES: usize = 1_000;
 
-/// What all events and values of one attempt may hold together, in bytes: it waits in memory for the attempt's end.
+/// What all events and values of one attempt may hold together, in bytes: it waits in memory for the attempt's end. The
+/// attempts of a batch share it.
 const MAX_EFFECTS: usize = 8 << 20;
 
 /// Why a host function ended the attempt.
@@ -42,41 +44,137 @@ pub(super) enum Stop {
 }
 
 /// What is fixed for all attempts of a plugin.
+#[derive(Clone)]
 pub(super) struct Terms {
     pub(super) name: Arc<str>,
     pub(super) digest: Arc<str>,
     pub(super) powers: Powers,
     pub(super) limits: Limits,
+    /// The most events of one call; 1 for a guest that takes them one by one.
+    pub(super) max_batch: usize,
+    /// How many events an instance may serve; 1 for a fresh one each.
+    pub(super) reuse: u32,
 }
 
-/// What a store holds: one attempt.
+/// What a store holds: an instance's own, and the attempts that it is busy with.
 pub(super) struct State {
     pub(super) meter: Meter,
-    pub(super) log: Log,
-    pub(super) effects: Effects,
     terms: Arc<Terms>,
-    call: Call,
-    deadline: Instant,
-    /// This attempt's own writes: a value, or `None` for deleted.
-    written: HashMap<(String, String), Option<Bytes>>,
+    log: Log,
+    deadline: Option<Instant>,
+    /// One per event of the call.
+    turns: Vec<Turn>,
+    /// Whose turn it is. The log of that event is in `log`.
+    turn: usize,
+    /// Whether the guest has said so, or there is only one.
+    is_said: bool,
+    /// What the effects of all events hold.
     held: usize,
+    is_crowded: bool,
     wasi: Option<Wasi>,
 }
 
+/// One attempt.
+pub(super) struct Turn {
+    call: Call,
+    effects: Effects,
+    /// This attempt's own writes: a value, or `None` for deleted.
+    written: HashMap<(String, String), Option<Bytes>>,
+    log: Option<Tail>,
+}
+
+impl Turn {
+    fn new(terms: &Terms, call: Call) -> Self {
+        let log = Some(Tail::new(&terms.name, &call, bytes(terms.limits.log)));
+        Self { call, effects: Effects::default(), written: HashMap::new(), log }
+    }
+
+    /// What the attempt wants done, and its log.
+    pub(super) fn finish(self) -> (Effects, Vec<LogLine>) {
+        (self.effects, self.log.map(|mut log| log.finish()).unwrap_or_default())
+    }
+}
+
 impl State {
-    pub(super) fn new(terms: &Arc<Terms>, call: Call, deadline: Instant) -> Self {
-        let log = Log::new(&terms.name, &call, bytes(terms.limits.log));
+    /// The state of an instance that is busy with nothing yet.
+    pub(super) fn new(terms: &Arc<Terms>) -> Self {
         Self {
             meter: Meter::new(bytes(terms.limits.memory)),
-            log,
-            effects: Effects::default(),
             terms: Arc::clone(terms),
-            call,
-            deadline,
-            written: HashMap::new(),
+            log: Log::default(),
+            deadline: None,
+            turns: Vec::new(),
+            turn: 0,
+            is_said: false,
             held: 0,
+            is_crowded: false,
             wasi: None,
         }
+    }
+
+    /// Begins one attempt for each call.
+    pub(super) fn begin(&mut self, calls: impl IntoIterator<Item = Call>, deadline: Option<Instant>) {
+        self.meter.restart();
+        (self.deadline, self.held, self.is_crowded) = (deadline, 0, false);
+        let terms = &*self.terms;
+        self.turns.clear();
+        self.turns.extend(calls.into_iter().map(|call| Turn::new(terms, call)));
+        (self.turn, self.is_said) = (0, self.turns.len() == 1);
+        let first = self.turns.first_mut().and_then(|turn| turn.log.take());
+        self.log.exchange(first);
+    }
+
+    /// Ends all attempts; the state is busy with nothing once they have been taken.
+    pub(super) fn end(&mut self) -> std::vec::Drain<'_, Turn> {
+        let log = self.log.exchange(None);
+        if let Some(turn) = self.turns.get_mut(self.turn) {
+            turn.log = log;
+        }
+        self.turns.drain(..)
+    }
+
+    /// When the guest is to be interrupted; `None` for at once.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Whether the effects of a batch were too large for no other reason than that they came together: what the guest
+    /// then decided about an event it might not decide about that event alone.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.is_crowded
+    }
+
+    /// The attempt that facts and log lines belong to.
+    fn current(&self) -> wasmtime::Result<&Turn> {
+        self.turns.get(self.turn).ok_or_else(|| wasmtime::Error::msg("there is no event to ask about"))
+    }
+
+    /// The attempt that effects belong to.
+    fn acting(&mut self) -> Result<&mut Turn, Fault> {
+        let turn = self.is_said.then_some(self.turn);
+        turn.and_then(|turn| self.turns.get_mut(turn)).ok_or_else(|| {
+            refusal(
+                "no-turn",
+                "in a batch, delivery.turn says whose event it is before anything is published or written",
+            )
+        })
+    }
+
+    fn take_turn(&mut self, index: u32) -> wasmtime::Result<()> {
+        let (count, next) = (self.turns.len(), usize::try_from(index).unwrap_or(usize::MAX));
+        let Some(turn) = self.turns.get_mut(next) else {
+            return Err(wasmtime::Error::msg(format!("there is no turn {index}: the call has {count} events")));
+        };
+        self.is_said = true;
+        if next == self.turn {
+            return Ok(());
+        }
+        let before = self.log.exchange(turn.log.take());
+        if let Some(turn) = self.turns.get_mut(self.turn) {
+            turn.log = before;
+        }
+        self.turn = next;
+        Ok(())
     }
 
     /// The collection that a bucket is, once it is known to be granted.
@@ -90,44 +188,53 @@ impl State {
     /// Exclusive although it only reads: WASI's parts cannot be shared between threads, and this waits.
     async fn read(&mut self, collection: &str, key: &str) -> wasmtime::Result<Option<Bytes>> {
         // A tuple of borrowed strings is no key of the map; the clones are small beside the read.
-        if let Some(own) = self.written.get(&(collection.to_owned(), key.to_owned())) {
+        let turn = self.current()?;
+        if let Some(own) = turn.written.get(&(collection.to_owned(), key.to_owned())) {
             return Ok(own.clone());
         }
-        Ok(self.call.kv.get(collection, key).await.map_err(Stop::HostFault)?)
+        let kv = Arc::clone(&turn.call.kv);
+        Ok(kv.get(collection, key).await.map_err(Stop::HostFault)?)
     }
 
     fn write(&mut self, bucket: String, key: String, change: KvChange, now: Option<Bytes>) -> Result<(), Fault> {
-        if self.effects.writes.len() >= MAX_WRITES {
+        let held = self.held.saturating_add(now.as_ref().map_or(0, Bytes::len));
+        let turn = self.acting()?;
+        if turn.effects.writes.len() >= MAX_WRITES {
             return Err(refusal("too-many", format!("an attempt may write {MAX_WRITES} times")));
         }
-        self.hold(now.as_ref().map_or(0, Bytes::len))?;
-        self.written.insert((bucket.clone(), key.clone()), now);
-        self.effects.writes.push(KvWrite { bucket, key, change });
+        if held > MAX_EFFECTS {
+            return Err(self.too_large());
+        }
+        turn.written.insert((bucket.clone(), key.clone()), now);
+        turn.effects.writes.push(KvWrite { bucket, key, change });
+        self.held = held;
         Ok(())
     }
 
-    fn hold(&mut self, more: usize) -> Result<(), Fault> {
-        let held = self.held.saturating_add(more);
-        if held > MAX_EFFECTS {
-            let words = format!("what an attempt publishes and writes may have {MAX_EFFECTS} bytes together");
-            return Err(refusal("too-large", words));
-        }
-        self.held = held;
-        Ok(())
+    fn too_large(&mut self) -> Fault {
+        self.is_crowded = self.turns.len() > 1;
+        let words = format!("what an attempt publishes and writes may have {MAX_EFFECTS} bytes together");
+        refusal("too-large", words)
     }
 
     fn publish(&mut self, publish: Publish) -> Result<String, Fault> {
         if !self.terms.powers.may_publish(&publish.event_type) {
             return Err(denied("event type", publish.event_type.as_str(), "events"));
         }
-        let index = self.effects.published.len();
+        let held = self.held.saturating_add(publish.payload.bytes().len());
         let limit = self.terms.limits.published_events;
+        let turn = self.acting()?;
+        let index = turn.effects.published.len();
         if u32::try_from(index).is_ok_and(|index| index >= limit) {
             return Err(refusal("too-many", format!("an attempt may publish {limit} events")));
         }
-        self.hold(publish.payload.bytes().len())?;
-        self.effects.published.push(publish);
-        Ok(EventId::caused(&self.call.event.id, &self.call.subscription, index).to_string())
+        if held > MAX_EFFECTS {
+            return Err(self.too_large());
+        }
+        turn.effects.published.push(publish);
+        let id = EventId::caused(&turn.call.event.id, &turn.call.subscription, index).to_string();
+        self.held = held;
+        Ok(id)
     }
 }
 
@@ -174,28 +281,32 @@ impl types::Host for State {}
 
 impl delivery::Host for State {
     fn subscription(&mut self) -> wasmtime::Result<String> {
-        Ok(self.call.subscription.to_string())
+        Ok(self.current()?.call.subscription.to_string())
     }
 
     fn attempt(&mut self) -> wasmtime::Result<u32> {
-        Ok(self.call.attempt)
+        Ok(self.current()?.call.attempt)
     }
 
     fn max_attempts(&mut self) -> wasmtime::Result<u32> {
-        Ok(self.call.max_attempts)
+        Ok(self.current()?.call.max_attempts)
     }
 
     fn remaining_ms(&mut self) -> wasmtime::Result<u64> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
+        let left = self.deadline.map(|end| end.saturating_duration_since(Instant::now())).unwrap_or_default();
         Ok(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
     }
 
     fn idempotency_key(&mut self) -> wasmtime::Result<String> {
-        Ok(self.call.idempotency_key())
+        Ok(self.current()?.call.idempotency_key())
     }
 
     fn is_replay(&mut self) -> wasmtime::Result<bool> {
-        Ok(self.call.is_replay)
+        Ok(self.current()?.call.is_replay)
+    }
+
+    fn turn(&mut self, index: u32) -> wasmtime::Result<()> {
+        self.take_turn(index)
     }
 }
 

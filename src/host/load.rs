@@ -1,17 +1,20 @@
-//! From bytes to something that can be called: verify, compare requests with grants, compile, link.
+//! From bytes to something that can be called: verify, compare requests with grants, compile, link, let it check
+//! itself.
 //!
 //! Each step that fails says in its own words what is wrong and what to do; what the engine says stands after it.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use bytesize::ByteSize;
 use wasmtime::component::Component;
 
-use super::bindings::{HANDLER, MAJOR, PACKAGE, PluginPre};
+use super::bindings::{HANDLER, MAJOR, PACKAGE};
 use super::component::{ComponentError, Interface, interface, manifest};
 use super::engine::Engine;
-use super::grants::{check_exports, decide};
+use super::exports::Exports;
+use super::grants::{check_exports, decide, max_batch};
 use super::imports::{Terms, linker};
 use super::instance::Prepared;
 use super::limits::{Limits, bytes as in_bytes};
@@ -34,7 +37,7 @@ pub(super) struct Refused {
     pub(super) reason: String,
 }
 
-/// Verifies, compiles and links a component with this digest.
+/// Verifies, compiles and links a component with this digest, and lets it check itself.
 ///
 /// # Errors
 /// [`Refused`].
@@ -47,16 +50,21 @@ pub(super) async fn load(
     let (manifest, interface) = verify(&bytes).map_err(|reason| Refused { plugin: None, reason })?;
     let refuse = |reason: String| Refused { plugin: Some(manifest.name.clone()), reason };
     let ungranted = PluginOptions::default();
-    let powers = decide(&manifest, &interface, options.plugins.get(&manifest.name).unwrap_or(&ungranted));
-    let powers = powers.map_err(refuse)?;
+    let own = options.plugins.get(&manifest.name).unwrap_or(&ungranted);
+    let powers = decide(&manifest, &interface, own).map_err(refuse)?;
+    let max_batch = max_batch(&manifest, &interface, own).map_err(refuse)?;
     let limits = options.limits_of(&manifest.name).tightened(&manifest.limits);
     let compiled = engine.compile(&digest, bytes).await;
     let component = compiled.map_err(|error| refuse(format!("cannot be compiled: {error:#}")))?;
     check_memory(&component, &limits).map_err(refuse)?;
     let linked = linker(engine.wasmtime(), &powers).and_then(|linker| linker.instantiate_pre(&component));
-    let pre = linked.and_then(PluginPre::new).map_err(|error| refuse(unfit(&interface, &error)))?;
-    let terms = Terms { name: manifest.name.as_str().into(), digest, powers, limits };
-    Ok(Loaded { manifest, interface, prepared: Prepared { pre, terms: Arc::new(terms) } })
+    let found = linked.and_then(|pre| Ok((Exports::find(&pre, &interface)?, pre)));
+    let (exports, pre) = found.map_err(|error| refuse(unfit(&interface, &error)))?;
+    let reuse = manifest.reuse.map_or(1, NonZeroU32::get).min(own.reuse.map_or(u32::MAX, NonZeroU32::get));
+    let terms = Terms { name: manifest.name.as_str().into(), digest, powers, limits, max_batch, reuse };
+    let prepared = Prepared::new(engine, pre, exports, Arc::new(terms));
+    prepared.self_check(engine).await.map_err(refuse)?;
+    Ok(Loaded { manifest, interface, prepared })
 }
 
 /// What the bytes say about themselves, without running or compiling anything.

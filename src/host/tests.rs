@@ -102,6 +102,28 @@ async fn a_handler_of_another_shape_is_refused_with_both_sides_named() {
 }
 
 #[tokio::test]
+async fn a_component_that_cannot_be_instantiated_is_refused_before_it_serves() {
+    let handler = |function: &str| {
+        format!(
+            r#"(component
+                (core module $m (func (export "h")) {function})
+                (core instance $i (instantiate $m))
+                (func $f (canon lift (core func $i "h")))
+                (instance $h (export "handle" (func $f)))
+                (export "tidegate:plugin/handler@1.0.0" (instance $h)))"#
+        )
+    };
+    let rows = [
+        (handler(""), "cannot be instantiated: no-instance: "),
+        (handler("(func $begin unreachable) (start $begin)"), "cannot be instantiated: trap: wasm trap"),
+    ];
+    for (text, words) in rows {
+        let error = refusal(plugin(&text, MANIFEST), &options()).await;
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn imports_are_compared_with_requests_and_requests_with_grants() {
     let importing = |import: &str| {
         format!(
@@ -174,6 +196,10 @@ world commanding {
 
 /// A guest that was built for WASI: `handle` does this and then succeeds.
 fn wasi_guest(handle: &str) -> Vec<u8> {
+    wasi_guest_with(handle, MANIFEST)
+}
+
+fn wasi_guest_with(handle: &str, manifest: &str) -> Vec<u8> {
     let module = format!(
         r#"(module
             (import "wasi:cli/exit@0.2.0" "exit" (func $exit (param i32)))
@@ -196,7 +222,53 @@ fn wasi_guest(handle: &str) -> Vec<u8> {
     let world = resolve.select_world(&[package], Some("commanding")).unwrap();
     let mut module = wat::parse_str(module).unwrap();
     wit_component::embed_component_metadata(&mut module, &resolve, world, wit_component::StringEncoding::UTF8).unwrap();
-    embed_manifest(&super::component::componentise(&module).unwrap(), MANIFEST).unwrap()
+    embed_manifest(&super::component::componentise(&module).unwrap(), manifest).unwrap()
+}
+
+/// A guest of the interface as it was before turns: it takes the number of its attempt for a pointer to its answer.
+fn guest_before_turns(manifest: &str) -> Vec<u8> {
+    let module = r#"(module
+        (import "tidegate:plugin/delivery@1.0.0" "attempt" (func $attempt (result i32)))
+        (memory (export "memory") 1)
+        (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) i32.const 1024)
+        (func (export "tidegate:plugin/handler@1.0.0#handle")
+            (param i32 i32 i64 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32) (result i32)
+            (i32.mul (call $attempt) (i32.const 512))))"#;
+    let before: Vec<&str> =
+        include_str!("../../wit/plugin.wit").lines().filter(|line| !line.contains("turn: func")).collect();
+    assert!(before.len() < include_str!("../../wit/plugin.wit").lines().count());
+    let mut resolve = wit_parser::Resolve::default();
+    let package = resolve.push_source("plugin.wit", &before.join("\n")).unwrap();
+    let world = resolve.select_world(&[package], Some("plugin")).unwrap();
+    let mut module = wat::parse_str(module).unwrap();
+    wit_component::embed_component_metadata(&mut module, &resolve, world, wit_component::StringEncoding::UTF8).unwrap();
+    embed_manifest(&super::component::componentise(&module).unwrap(), manifest).unwrap()
+}
+
+#[tokio::test]
+async fn a_guest_built_before_there_were_turns_and_batches_is_served_event_by_event() {
+    let host = Host::new(options(), None).unwrap();
+    let plugin = host.load("old.wasm", guest_before_turns(MANIFEST).into()).await.unwrap();
+    assert_eq!(plugin.handle(call("null")).await.verdict, Verdict::Ok);
+    assert_eq!(plugin.max_batch(), 1);
+    assert_eq!(plugin.handle_batch(vec![call("null"), call("null")]).await, None);
+
+    let asking = format!("{MANIFEST}[batch]\nmax = 8\n");
+    let refused = refusal(guest_before_turns(&asking), &options()).await;
+    assert!(refused.contains("batch.max = 8") && refused.contains("does not export"), "{refused}");
+}
+
+#[tokio::test]
+async fn what_a_wasi_guest_writes_is_each_events_own_when_it_is_used_again() {
+    let host = Host::new(options(), None).unwrap();
+    let handle = "(call $write (call $stdout) (i32.const 64) (i32.const 18) (i32.const 256))";
+    let guest = wasi_guest_with(handle, &format!("reuse = 9\n{MANIFEST}"));
+    let plugin = host.load("wasi.wasm", guest.into()).await.unwrap();
+    for _ in 0..3 {
+        let outcome = plugin.handle(call("null")).await;
+        let lines: Vec<_> = outcome.trace.log.iter().map(|line| &*line.message).collect();
+        assert_eq!(lines, ["hello from stdout"]);
+    }
 }
 
 async fn handled(handle: &str) -> Outcome {

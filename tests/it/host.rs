@@ -32,11 +32,11 @@ const FAULTS: &str = r#"
     [capabilities]
     kv = ["faults"]
     events = ["faulty.**"]
-    config = ["greeting"]
+    config = ["greeting", "self-check"]
 "#;
 
 const GRANTS: &str = r#"
-    grants = { kv = ["faults"], events = ["faulty.**"], config = ["greeting", "other"] }
+    grants = { kv = ["faults"], events = ["faulty.**"], config = ["greeting", "other", "self-check"] }
     config = { greeting = "hello" }
     limits = { fuel = 1000000000000 }
 "#;
@@ -346,7 +346,7 @@ async fn a_plugin_without_its_grants_is_not_loaded() {
     let host = Host::new(Options::default(), None).unwrap();
     let refused = host.load("faults.wasm", faults("").into()).await.map(|_| ()).unwrap_err().to_string();
     let lines =
-        r#"add kv = ["faults"] and events = ["faulty.**"] and config = ["greeting"] to [plugins.faults.grants]"#;
+        r#"add kv = ["faults"] and events = ["faulty.**"] and config = ["greeting", "self-check"] to [plugins.faults.grants]"#;
     assert!(refused.contains(lines), "{refused}");
     let unasked = embed_manifest(&guest("faults"), "name = \"faults\"\nversion = \"1.0.0\"\n").unwrap();
     let refused = host.load("faults.wasm", unasked.into()).await.map(|_| ()).unwrap_err().to_string();
