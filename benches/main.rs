@@ -10,6 +10,7 @@
 )]
 
 mod memory;
+mod plugins;
 mod serve;
 mod soak;
 mod sqlite;
@@ -18,7 +19,8 @@ mod support;
 fn main() {
     // Cargo passes `--bench`; whatever else is given names the groups to run.
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let groups: [(&str, fn()); 3] = [("memory", memory::run), ("sqlite", sqlite::run), ("serve", serve::run)];
+    let groups: [(&str, fn()); 4] =
+        [("memory", memory::run), ("sqlite", sqlite::run), ("plugins", plugins::run), ("serve", serve::run)];
     for (name, run) in groups {
         if wanted.is_empty() || wanted.iter().any(|word| name.contains(word.as_str())) {
             run();

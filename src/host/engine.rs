@@ -5,7 +5,7 @@
 
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::Semaphore;
@@ -16,10 +16,14 @@ use wasmtime::{
 
 use super::cache::{self, Cache, Folder};
 use super::limits::MAX_TABLE;
+use super::slots::Slots;
 use crate::error::{Error, Result};
 
 /// How often guests that compute are interrupted: to let other tasks run, and to see whether their time is up.
 pub(super) const TICK: Duration = Duration::from_millis(10);
+
+/// How often idle instances are looked through.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// Compiling uses every core by itself; more at once only takes memory.
 const COMPILES_AT_ONCE: usize = 2;
@@ -71,7 +75,7 @@ pub(super) struct Engine {
     single: OnceLock<wasmtime::Engine>,
     /// Instances one by one, with the tasks and streams of WASI 0.3, which cost every call something, used or not.
     concurrent: OnceLock<wasmtime::Engine>,
-    slots: Arc<Semaphore>,
+    slots: Arc<Slots>,
     compiles: Arc<Semaphore>,
     cache: Option<Cache>,
     /// Takes engines to the thread that ticks for all of them. Dropping it ends the thread.
@@ -91,15 +95,15 @@ impl Engine {
         let pooled = pooled(settings).inspect_err(|error| {
             tracing::warn!(error = format!("{error:#}"), "no pool for instances, each is allocated by itself");
         });
-        let slots = usize::try_from(settings.slots).unwrap_or(Semaphore::MAX_PERMITS).clamp(1, Semaphore::MAX_PERMITS);
+        let slots = Slots::new(settings.slots);
         let engine = Self {
             pooled: pooled.ok(),
             single: OnceLock::new(),
             concurrent: OnceLock::new(),
-            slots: Arc::new(Semaphore::new(slots)),
+            slots: Arc::clone(&slots),
             compiles: Arc::new(Semaphore::new(COMPILES_AT_ONCE)),
             cache: settings.cache.as_ref().map_or(Ok(None), Cache::open)?,
-            ticker: tick()?,
+            ticker: tick(&slots)?,
         };
         match &engine.pooled {
             Some(pooled) => engine.keep_time_of(pooled),
@@ -108,8 +112,8 @@ impl Engine {
         Ok(engine)
     }
 
-    /// What an attempt holds a permit of while it has an instance.
-    pub(super) fn slots(&self) -> &Arc<Semaphore> {
+    /// What an instance holds one of.
+    pub(super) fn slots(&self) -> &Arc<Slots> {
         &self.slots
     }
 
@@ -245,10 +249,13 @@ fn pooled(settings: &Settings) -> wasmtime::Result<wasmtime::Engine> {
 }
 
 /// Ticks from a thread of its own: a guest that computes can keep every thread of the runtime busy, timers included.
-fn tick() -> Result<Sender<EngineWeak>> {
+/// Now and then it lets idle instances go.
+fn tick(slots: &Arc<Slots>) -> Result<Sender<EngineWeak>> {
     let (ticker, coming) = mpsc::channel::<EngineWeak>();
+    let slots = Arc::downgrade(slots);
     let work = move || {
         let mut engines = Vec::new();
+        let mut swept = Instant::now();
         loop {
             match coming.recv_timeout(TICK) {
                 Ok(engine) => engines.push(engine),
@@ -256,6 +263,12 @@ fn tick() -> Result<Sender<EngineWeak>> {
                     engines.iter().filter_map(EngineWeak::upgrade).for_each(|engine| engine.increment_epoch());
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if swept.elapsed() >= SWEEP
+                && let Some(slots) = slots.upgrade()
+            {
+                swept = Instant::now();
+                slots.release_idle(swept);
             }
         }
     };

@@ -4,8 +4,9 @@
 //! from being loaded at all, with the line to add to the configuration.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU32;
 
-use super::bindings::{HANDLER, MAJOR, PACKAGE, VERSION};
+use super::bindings::{BATCH_HANDLER, HANDLER, MAJOR, PACKAGE, VERSION};
 use super::component::Interface;
 use super::manifest::{Capabilities, Manifest};
 use super::options::{Options, PluginOptions};
@@ -64,6 +65,33 @@ pub(super) fn decide(
     })
 }
 
+/// The most events of a batch that neither the plugin nor its operator says anything about: at this many the call itself
+/// costs next to nothing per event.
+const MAX_BATCH: u32 = 64;
+
+/// The most events that one call of the plugin may have; 1 where they are handled one by one.
+///
+/// # Errors
+/// Words for a manifest that asks for batches without the export that takes them.
+pub(super) fn max_batch(
+    manifest: &Manifest,
+    interface: &Interface,
+    options: &PluginOptions,
+) -> std::result::Result<usize, String> {
+    let wished = manifest.batch.max.map(NonZeroU32::get);
+    if !has_export(&interface.exports, BATCH_HANDLER) {
+        return match wished {
+            None | Some(1) => Ok(1),
+            Some(max) => Err(format!(
+                "asks for batches (batch.max = {max} in its plugin.toml) and does not export {BATCH_HANDLER}: \
+                 export it, with the SDK by plugin!(…, batch), or leave batch.max out"
+            )),
+        };
+    }
+    let allowed = options.batch.max.map_or(u32::MAX, NonZeroU32::get);
+    Ok(usize::try_from(wished.unwrap_or(MAX_BATCH).min(allowed)).unwrap_or(usize::MAX))
+}
+
 /// The name of an interface in parts: `wasi:io/poll@0.2.6` is `("wasi:io", "poll", "0.2.6")`.
 pub(super) fn parts(name: &str) -> (&str, &str, &str) {
     let (path, version) = name.split_once('@').unwrap_or((name, ""));
@@ -104,10 +132,15 @@ fn other_version(version: &str) -> String {
     }
 }
 
+/// Whether these exports have the interface of this name in a version that is served.
+pub(super) fn has_export(exports: &[String], interface: &str) -> bool {
+    exports.iter().any(|name| name.split('@').next() == Some(interface) && is_served(parts(name).2))
+}
+
 /// A plugin exports the handler. What exports something else is told what it is.
 pub(super) fn check_exports(exports: &[String]) -> std::result::Result<(), String> {
     let mut versions = exports.iter().filter(|name| parts(name).0 == PACKAGE).map(|name| parts(name).2);
-    if exports.iter().any(|name| name.split('@').next() == Some(HANDLER) && is_served(parts(name).2)) {
+    if has_export(exports, HANDLER) {
         return Ok(());
     }
     if let Some(version) = versions.find(|version| !is_served(version)) {
@@ -332,6 +365,24 @@ mod tests {
         let powers = |import| decided(&[import], "", "").map(|powers| (powers.wasi, powers.wasi_3)).unwrap();
         assert_eq!(powers("wasi:clocks/wall-clock@0.2.3"), (true, false));
         assert_eq!(powers("wasi:clocks/system-clock@0.3.0"), (false, true));
+    }
+
+    #[test]
+    fn batches_need_their_export_and_the_smaller_wish_counts() {
+        let with = |exports: &[&str], wish: &str, allowed: &str| {
+            let manifest = Manifest::parse(&format!("name = \"totals\"\nversion = \"1.0.0\"\n{wish}\n")).unwrap();
+            let exports = exports.iter().map(|&name| name.to_owned()).collect();
+            max_batch(&manifest, &Interface { imports: Vec::new(), exports }, &toml::from_str(allowed).unwrap())
+        };
+        let both = [HANDLE, "tidegate:plugin/batch-handler@1.0.0"];
+        assert_eq!(with(&[HANDLE], "", ""), Ok(1));
+        assert_eq!(with(&[HANDLE], "[batch]\nmax = 1", "batch = { max = 9 }"), Ok(1));
+        assert_eq!(with(&both, "", ""), Ok(64));
+        assert_eq!(with(&both, "[batch]\nmax = 500", ""), Ok(500));
+        assert_eq!(with(&both, "[batch]\nmax = 500", "batch = { max = 8 }"), Ok(8));
+        assert_eq!(with(&both, "[batch]\nmax = 5", "batch = { max = 8 }"), Ok(5));
+        let refused = with(&[HANDLE], "[batch]\nmax = 5", "").unwrap_err();
+        assert!(refused.contains("batch.max = 5") && refused.contains("tidegate:plugin/batch-handler"), "{refused}");
     }
 
     #[test]

@@ -1,7 +1,9 @@
-//! From bytes to something that can be called: verify, compare requests with grants, compile, link.
+//! From bytes to something that can be called: verify, compare requests with grants, compile, link, let it check
+//! itself.
 //!
 //! Each step that fails says in its own words what is wrong and what to do; what the engine says stands after it.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -11,9 +13,10 @@ use wasmtime::component::Component;
 use super::bindings::{HANDLER, PACKAGE, VERSION};
 use super::component::{ComponentError, Interface, interface, manifest};
 use super::engine::Engine;
-use super::grants::{check_exports, decide, parts, served};
+use super::exports::Exports;
+use super::grants::{check_exports, decide, max_batch, parts, served};
 use super::imports::{Terms, link};
-use super::instance::{Prepared, Unstarted};
+use super::instance::{Linked, Prepared, Unstarted};
 use super::limits::{Limits, bytes as in_bytes};
 use super::manifest::Manifest;
 use super::options::{Options, PluginOptions};
@@ -34,7 +37,7 @@ pub(super) struct Refused {
     pub(super) reason: String,
 }
 
-/// Verifies, compiles and links a component with this digest.
+/// Verifies, compiles and links a component with this digest, and lets it check itself.
 ///
 /// # Errors
 /// [`Refused`].
@@ -47,16 +50,21 @@ pub(super) async fn load(
     let (manifest, interface) = verify(&bytes).map_err(|reason| Refused { plugin: None, reason })?;
     let refuse = |reason: String| Refused { plugin: Some(manifest.name.clone()), reason };
     let ungranted = PluginOptions::default();
-    let powers = decide(&manifest, &interface, options.plugins.get(&manifest.name).unwrap_or(&ungranted));
-    let powers = powers.map_err(refuse)?;
+    let own = options.plugins.get(&manifest.name).unwrap_or(&ungranted);
+    let powers = decide(&manifest, &interface, own).map_err(refuse)?;
+    let max_batch = max_batch(&manifest, &interface, own).map_err(refuse)?;
     let limits = options.limits_of(&manifest.name).tightened(&manifest.limits);
     let compiled = engine.compile(&digest, bytes, powers.wasi_3).await;
     let component = compiled.map_err(|error| refuse(format!("cannot be compiled: {error:#}")))?;
     check_memory(&component, &limits).map_err(refuse)?;
-    let pre = link(&component, &powers).map_err(|error| refuse(unfit(&interface, &error)))?;
+    let linked = link(&component, &powers)
+        .and_then(|pre| Ok(Linked { exports: Exports::find(&pre, &interface)?, pre }))
+        .map_err(|error| refuse(unfit(&interface, &error)))?;
+    let reuse = manifest.reuse.map_or(1, NonZeroU32::get).min(own.reuse.map_or(u32::MAX, NonZeroU32::get));
     let (name, max_payload) = (manifest.name.as_str().into(), options.max_payload);
-    let prepared = Prepared::new(pre, Terms { name, digest, powers, limits, max_payload });
-    prepared.start(engine).await.map_err(|unstarted| match unstarted {
+    let terms = Terms { name, digest, powers, limits, max_payload, max_batch, reuse };
+    let prepared = Prepared::new(engine, linked, terms);
+    prepared.self_check(engine).await.map_err(|unstarted| match unstarted {
         Unstarted::Failed(words) => refuse(words),
         Unstarted::Unfit(error) => refuse(unfit(&interface, &error)),
     })?;
@@ -132,7 +140,11 @@ fn check_memory(component: &Component, limits: &Limits) -> Result<(), String> {
 fn unfit(interface: &Interface, error: &wasmtime::Error) -> String {
     let words = format!("{error:#}");
     let all = interface.imports.iter().chain(&interface.exports).map(String::as_str);
-    let named = all.clone().find(|name| words.contains(name)).or_else(|| all.clone().find(|name| is_handler(name)));
+    let named = all
+        .clone()
+        .find(|name| words.contains(name))
+        .or_else(|| all.clone().find(|name| name.split('@').next().is_some_and(|name| words.starts_with(name))))
+        .or_else(|| all.clone().find(|name| is_handler(name)));
     let named = named.unwrap_or(HANDLER);
     if let Some((_, rest)) = words.split_once("does not have export `") {
         let missing = rest.split('`').next().unwrap_or_default();

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cache::Folder;
 use super::limits::{Limits, bytes};
-use super::manifest::{Capabilities, Limits as Choices};
+use super::manifest::{Batch, Capabilities, Limits as Choices};
 use crate::error::{Error, Result};
 use crate::event::MAX_PAYLOAD;
 
@@ -107,6 +107,11 @@ pub struct PluginOptions {
     pub config: BTreeMap<String, String>,
     /// In place of the server's limits. The plugin's own are obeyed where they are stricter.
     pub limits: Choices,
+    /// How many events its instances may serve at most, if it asks for more than one; 1 for a fresh instance per event.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reuse: Option<NonZeroU32>,
+    /// How many events one call may have at most, if it takes more than one; 1 for none but single ones.
+    pub batch: Batch,
 }
 
 impl Options {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use async_trait::async_trait;
@@ -169,7 +170,8 @@ impl Host {
         Ok(Self { inner: Arc::new(Inner { engine, options, metrics, slots, refused }) })
     }
 
-    /// Makes a candidate of a component: verified, compiled and linked, its requests granted. Nothing calls it yet.
+    /// Makes a candidate of a component: verified, compiled and linked, its requests granted, its
+    /// self-check passed. No event reaches it yet.
     ///
     /// # Errors
     /// [`Error::Plugin`] with what is wrong and what to do; `origin` stands for the name until that is known.
@@ -195,13 +197,17 @@ impl Host {
         let plugin = Arc::new(plugin);
         let (name, version, digest) = (plugin.name(), &plugin.manifest.version, plugin.digest());
         tracing::info!(plugin = name, %version, %digest, "plugin version active");
-        self.slot(name).active.store(Some(Arc::clone(&plugin)));
+        plugin.prepared.keep_instances(true);
+        if let Some(before) = self.slot(name).active.swap(Some(Arc::clone(&plugin))) {
+            before.prepared.keep_instances(false);
+        }
         plugin
     }
 
     /// Leaves a name without a version. Calls in progress finish; later ones end as host faults.
     pub fn remove(&self, name: &str) {
-        if self.slot(name).active.swap(None).is_some() {
+        if let Some(before) = self.slot(name).active.swap(None) {
+            before.prepared.keep_instances(false);
             tracing::info!(plugin = name, "plugin removed");
         }
     }
@@ -302,13 +308,21 @@ fn file_name(origin: &str) -> String {
 impl Handler for Slot {
     async fn handle(&self, call: Call) -> Outcome {
         match self.active.load_full() {
-            Some(plugin) => plugin.handle(call).await,
+            Some(plugin) => plugin.attempt(call).await,
             None => {
                 let words =
                     format!("plugin {} has no active version: put it back, or remove its subscription", self.name);
                 Outcome::failed(Verdict::HostFault, Fault::new("no-active-version", words))
             }
         }
+    }
+
+    fn max_batch(&self) -> usize {
+        self.active.load().as_ref().map_or(1, |plugin| plugin.max_batch())
+    }
+
+    async fn handle_batch(&self, calls: Vec<Call>) -> Option<Vec<Outcome>> {
+        self.active.load_full()?.attempts(calls).await
     }
 
     fn keeps_time(&self) -> bool {
@@ -319,12 +333,15 @@ impl Handler for Slot {
 #[async_trait]
 impl Handler for Plugin {
     async fn handle(&self, call: Call) -> Outcome {
-        let began = std::time::Instant::now();
-        let outcome = self.prepared.attempt(&self.engine, call).await;
-        if let Some(metrics) = &self.metrics {
-            metrics.attempt(outcome.verdict, began.elapsed().as_secs_f64(), outcome.trace.fuel);
-        }
-        outcome
+        self.attempt(call).await
+    }
+
+    fn max_batch(&self) -> usize {
+        self.prepared.terms.max_batch
+    }
+
+    async fn handle_batch(&self, calls: Vec<Call>) -> Option<Vec<Outcome>> {
+        self.attempts(calls).await
     }
 
     fn keeps_time(&self) -> bool {
@@ -355,6 +372,39 @@ impl Plugin {
     #[must_use]
     pub fn limits(&self) -> &Limits {
         &self.prepared.terms.limits
+    }
+
+    async fn attempt(&self, call: Call) -> Outcome {
+        let began = Instant::now();
+        let outcome = self.prepared.attempt(&self.engine, call).await;
+        self.count(&outcome, began.elapsed());
+        outcome
+    }
+
+    async fn attempts(&self, calls: Vec<Call>) -> Option<Vec<Outcome>> {
+        if !self.prepared.takes(&calls) {
+            return None;
+        }
+        let (events, began) = (calls.len(), Instant::now());
+        match self.prepared.batch(&self.engine, calls).await {
+            Ok(outcomes) => {
+                let share = began.elapsed().checked_div(u32::try_from(events).unwrap_or(u32::MAX)).unwrap_or_default();
+                outcomes.iter().for_each(|outcome| self.count(outcome, share));
+                Some(outcomes)
+            }
+            Err(ended) => {
+                let (plugin, digest, verdict) = (self.name(), self.digest(), ended.verdict);
+                let fault = ended.fault.map(|fault| fault.to_string());
+                tracing::warn!(plugin, %digest, events, %verdict, fault, "a batch ended without verdicts");
+                None
+            }
+        }
+    }
+
+    fn count(&self, outcome: &Outcome, took: Duration) {
+        if let Some(metrics) = &self.metrics {
+            metrics.attempt(outcome.verdict, took.as_secs_f64(), outcome.trace.fuel);
+        }
     }
 
     fn status(&self) -> PluginStatus {

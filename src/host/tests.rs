@@ -208,6 +208,39 @@ async fn an_import_of_another_shape_is_refused_with_the_function_and_both_versio
     }
 }
 
+/// What a plugin may export besides is asked for its type too, before it serves.
+#[tokio::test]
+async fn an_optional_export_of_another_shape_is_refused_by_its_name() {
+    let rows = [
+        ("batch-handler", "handle-batch", "(param i32)", "interface batch-handler { handle-batch: func(event: u32); }"),
+        ("batch-handler", "other", "(param i32)", "interface batch-handler { other: func(event: u32); }"),
+        ("lifecycle", "self-check", "(result i32)", "interface lifecycle { self-check: func() -> u32; }"),
+    ];
+    for (interface, function, core, wit) in rows {
+        let module = format!(
+            r#"(module {HANDLER_TYPE}
+                (func (export "tidegate:plugin/handler@1.0.0#handle") (type $handle) i32.const 512)
+                (func (export "tidegate:plugin/{interface}@1.0.0#{function}") {core} {}))"#,
+            if core.contains("result") { "i32.const 0" } else { "" },
+        );
+        let types = PLUGIN_WIT.split_once("interface handler").unwrap().0;
+        let other = format!(
+            "{types} interface handler {{ use types.{{event, reply, failure}};
+            handle: func(event: event) -> result<option<reply>, failure>; }} {wit}"
+        );
+        let world = format!(
+            "package tests:guests; world commanding {{
+            export tidegate:plugin/handler@1.0.0; export tidegate:plugin/{interface}@1.0.0; }}"
+        );
+        let error = refusal(encoded(&module, &other, &world), &options()).await;
+        let words = match function {
+            "other" => format!("exports tidegate:plugin/{interface}@1.0.0 without its function handle-batch"),
+            _ => format!("uses tidegate:plugin/{interface}@1.0.0, which has another shape"),
+        };
+        assert!(error.starts_with(&format!("plugin sample: {words}")), "{error}");
+    }
+}
+
 #[tokio::test]
 async fn imports_are_compared_with_requests_and_requests_with_grants() {
     let importing = |import: &str| {
@@ -320,6 +353,48 @@ fn encoded(module: &str, plugin: &str, wasi: &str) -> Vec<u8> {
     let mut module = wat::parse_str(module).unwrap();
     wit_component::embed_component_metadata(&mut module, &resolve, world, wit_component::StringEncoding::UTF8).unwrap();
     embed_manifest(&super::component::componentise(&module).unwrap(), MANIFEST).unwrap()
+}
+
+/// A guest of the interface as it was before turns: it takes the number of its attempt for a pointer to its answer.
+fn guest_before_turns(manifest: &str) -> Vec<u8> {
+    let module = r#"(module
+        (import "tidegate:plugin/delivery@1.0.0" "attempt" (func $attempt (result i32)))
+        (memory (export "memory") 1)
+        (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) i32.const 1024)
+        (func (export "tidegate:plugin/handler@1.0.0#handle")
+            (param i32 i32 i64 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32) (result i32)
+            (i32.mul (call $attempt) (i32.const 512))))"#;
+    let before: Vec<&str> = PLUGIN_WIT.lines().filter(|line| !line.contains("turn: func")).collect();
+    assert!(before.len() < PLUGIN_WIT.lines().count());
+    let world = "package tests:guests; world commanding {
+        import tidegate:plugin/delivery@1.0.0; export tidegate:plugin/handler@1.0.0; }";
+    embed_manifest(&encoded(module, &before.join("\n"), world), manifest).unwrap()
+}
+
+#[tokio::test]
+async fn a_guest_built_before_there_were_turns_and_batches_is_served_event_by_event() {
+    let host = Host::new(options(), None).unwrap();
+    let plugin = host.load("old.wasm", guest_before_turns(MANIFEST).into()).await.unwrap();
+    assert_eq!(plugin.handle(call("null")).await.verdict, Verdict::Ok);
+    assert_eq!(plugin.max_batch(), 1);
+    assert_eq!(plugin.handle_batch(vec![call("null"), call("null")]).await, None);
+
+    let asking = format!("{MANIFEST}[batch]\nmax = 8\n");
+    let refused = refusal(guest_before_turns(&asking), &options()).await;
+    assert!(refused.contains("batch.max = 8") && refused.contains("does not export"), "{refused}");
+}
+
+#[tokio::test]
+async fn what_a_wasi_guest_writes_is_each_events_own_when_it_is_used_again() {
+    let host = Host::new(options(), None).unwrap();
+    let handle = "(call $write (call $stdout) (i32.const 64) (i32.const 18) (i32.const 256))";
+    let guest = embed_manifest(&wasi_guest(handle), &format!("reuse = 9\n{MANIFEST}")).unwrap();
+    let plugin = host.load("wasi.wasm", guest.into()).await.unwrap();
+    for _ in 0..3 {
+        let outcome = plugin.handle(call("null")).await;
+        let lines: Vec<_> = outcome.trace.log.iter().map(|line| &*line.message).collect();
+        assert_eq!(lines, ["hello from stdout"]);
+    }
 }
 
 async fn handled(handle: &str) -> Outcome {

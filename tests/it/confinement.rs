@@ -170,7 +170,7 @@ const TABLE: &[(&str, &[Row])] = &[
                 "verdict `trap`: wasm trap: call stack exhausted",
             ),
             Row("compute without end", Rust, r#"{"fault":"loop"}"#, "verdict `out-of-fuel`"),
-            Row("call the host without end", Rust, r#"{"fault":"loop-in-host"}"#, TIMEOUT),
+            Row("call the host without end", Rust, r#"{"fault":"loop-in-host"}"#, "verdict `out-of-fuel`"),
             Row("take all memory", Rust, r#"{"fault":"memory"}"#, "verdict `out-of-memory`"),
         ],
     ),

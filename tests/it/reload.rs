@@ -623,7 +623,7 @@ const SPOILED: [(&str, &str); 10] = [
     ("text", "is not WebAssembly"),
     ("does not compile", "cannot be compiled"),
     ("second of its name", "needs the name faults"),
-    ("empty", "is cut short"),
+    ("empty", "is empty"),
     ("unreadable", "cannot be read"),
 ];
 
