@@ -1,6 +1,6 @@
 //! Everything that a claim about speed rests on: each row runs ours and a named peer or limit in turn.
 //!
-//! `cargo bench` runs all; `cargo bench -- memory` what is named. Ratios are medians of pairs taken within one run.
+//! `cargo bench` runs all but the soak; `cargo bench -- memory` what is named. Ratios are medians of pairs taken within one run.
 
 #![expect(
     clippy::unwrap_used,
@@ -10,17 +10,24 @@
 )]
 
 mod memory;
+mod plugins;
 mod serve;
+mod soak;
 mod sqlite;
 mod support;
 
 fn main() {
     // Cargo passes `--bench`; whatever else is given names the groups to run.
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let groups: [(&str, fn()); 3] = [("memory", memory::run), ("sqlite", sqlite::run), ("serve", serve::run)];
+    let groups: [(&str, fn()); 4] =
+        [("memory", memory::run), ("sqlite", sqlite::run), ("plugins", plugins::run), ("serve", serve::run)];
     for (name, run) in groups {
         if wanted.is_empty() || wanted.iter().any(|word| name.contains(word.as_str())) {
             run();
         }
+    }
+    // Minutes that nobody asked for are not spent.
+    if wanted.iter().any(|word| word == "soak") {
+        soak::run();
     }
 }

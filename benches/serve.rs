@@ -6,7 +6,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::support;
@@ -63,7 +63,7 @@ fn start(folder: &Path, config: &Path, plugins: &Path) -> (f64, f64) {
         std::thread::sleep(Duration::from_millis(1));
     }
     let ready = began.elapsed().as_secs_f64() * 1e3;
-    let resident = resident(&server);
+    let resident = support::resident(server.id());
     server.kill().unwrap();
     server.wait().unwrap();
     (ready, resident)
@@ -76,10 +76,4 @@ fn is_ready(address: &str) -> bool {
     stream.write_all(request.as_bytes()).is_ok()
         && stream.read_to_string(&mut answer).is_ok()
         && answer.starts_with("HTTP/1.1 200")
-}
-
-fn resident(server: &Child) -> f64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", server.id())).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("0 kB");
-    line.trim().trim_end_matches(" kB").parse::<f64>().unwrap_or_default() / 1024.0
 }

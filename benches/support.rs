@@ -48,6 +48,13 @@ pub(crate) fn per_second(count: usize, began: Instant) -> f64 {
     count as f64 / began.elapsed().as_secs_f64()
 }
 
+/// MiB of memory that a process has resident.
+pub(crate) fn resident(process: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("0 kB");
+    line.trim().trim_end_matches(" kB").parse::<f64>().unwrap_or_default() / 1024.0
+}
+
 /// A program of `benches/peers` that measures one thing per call and prints work per second.
 pub(crate) struct Peer {
     program: std::path::PathBuf,

@@ -24,6 +24,26 @@ pub trait Handler: Send + Sync + 'static {
     /// must watch the time itself.
     async fn handle(&self, call: Call) -> Outcome;
 
+    /// The most calls that [`handle_batch`](Self::handle_batch) takes at once; 1 for a handler that has use for single
+    /// calls only. It may change from one moment to the next, when a plugin is replaced.
+    fn max_batch(&self) -> usize {
+        1
+    }
+
+    /// Makes one attempt for each of these calls, together. Their outcomes are those of single calls and in the same
+    /// order, one for each.
+    ///
+    /// `None` when it ended without them: a trap, the time or the fuel of one ends all, and nobody knows whose fault it
+    /// was. Nothing has happened then and no attempt was made: the caller makes single [calls](Self::handle), which are
+    /// the attempts that count. `None` as well for more calls than [`max_batch`](Self::max_batch).
+    ///
+    /// All of them are made within the shortest [`Call::timeout`] among them; see [`handle`](Self::handle) for who ends
+    /// them.
+    async fn handle_batch(&self, calls: Vec<Call>) -> Option<Vec<Outcome>> {
+        drop(calls);
+        None
+    }
+
     /// Whether the handler ends an attempt at [`Call::timeout`] itself, to report what it saw of it. The caller then
     /// steps in a moment later only.
     fn keeps_time(&self) -> bool {

@@ -3,6 +3,7 @@
 //! A clone shares its counts. Handles are looked up once per type, subscription or plugin and then kept by whoever
 //! counts, so that the hot path touches atomics only. Nothing here serves HTTP: [`Metrics::encode`] gives the text.
 
+use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -22,6 +23,9 @@ use crate::event::{EventType, Source};
 /// How many types get a label of their own unless configured; later ones count as `other`.
 pub const DEFAULT_TYPES: usize = 200;
 
+/// How many versions of a plugin keep their figures: enough to compare a new one with those before it.
+const KEPT_VERSIONS: usize = 8;
+
 /// All metrics of one process. Cheap to clone.
 #[derive(Clone)]
 pub struct Metrics {
@@ -33,6 +37,8 @@ struct Inner {
     families: Families,
     max_types: usize,
     types: RwLock<HashMap<(Source, EventType), Arc<TypeMetrics>>>,
+    /// The digests with figures, by plugin, the one that was asked for last at the end.
+    versions: RwLock<HashMap<String, VecDeque<String>>>,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -70,6 +76,12 @@ struct PluginVerdictLabels {
     plugin: String,
     digest: String,
     verdict: &'static str,
+}
+
+impl PluginVerdictLabels {
+    fn new(plugin: &str, digest: &str, verdict: Verdict) -> Self {
+        Self { plugin: plugin.to_owned(), digest: digest.to_owned(), verdict: verdict.as_str() }
+    }
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -172,6 +184,15 @@ impl Families {
         registry.register("tidegate_store_batch_size", "Entries of a store operation", f.batch_size.clone());
         families
     }
+
+    fn forget_version(&self, plugin: &str, digest: &str) {
+        let labels = PluginLabels { plugin: plugin.to_owned(), digest: digest.to_owned() };
+        self.guest_time.remove(&labels);
+        self.fuel.remove(&labels);
+        for verdict in Verdict::ALL {
+            self.plugin_attempts.remove(&PluginVerdictLabels::new(plugin, digest, verdict));
+        }
+    }
 }
 
 impl Default for Metrics {
@@ -186,7 +207,8 @@ impl Metrics {
     pub fn new(max_types: usize) -> Self {
         let mut registry = Registry::default();
         let families = Families::register(&mut registry);
-        Self { inner: Arc::new(Inner { registry, families, max_types, types: RwLock::default() }) }
+        let (types, versions) = (RwLock::default(), RwLock::default());
+        Self { inner: Arc::new(Inner { registry, families, max_types, types, versions }) }
     }
 
     /// Everything in the OpenMetrics text format.
@@ -223,9 +245,17 @@ impl Metrics {
         SubscriptionMetrics::new(&self.inner.families, name)
     }
 
-    /// The handles of one version of a plugin.
+    /// The handles of one version of a plugin. Of each plugin the versions asked for last are kept; what was counted for
+    /// earlier ones is forgotten, so that replacing a plugin every minute does not fill the memory.
     #[must_use]
     pub fn of_plugin(&self, plugin: &str, digest: &str) -> PluginMetrics {
+        let mut versions = self.inner.versions.write().unwrap_or_else(PoisonError::into_inner);
+        let kept = versions.entry(plugin.to_owned()).or_default();
+        kept.retain(|known| known != digest);
+        kept.push_back(digest.to_owned());
+        while kept.len() > KEPT_VERSIONS {
+            kept.pop_front().iter().for_each(|old| self.inner.families.forget_version(plugin, old));
+        }
         PluginMetrics::new(&self.inner.families, plugin, digest)
     }
 
@@ -343,9 +373,7 @@ impl PluginMetrics {
         let labels = PluginLabels { plugin: plugin.to_owned(), digest: digest.to_owned() };
         Self {
             attempts: Verdict::ALL.map(|verdict| {
-                let (plugin, digest) = (plugin.to_owned(), digest.to_owned());
-                let labels = PluginVerdictLabels { plugin, digest, verdict: verdict.as_str() };
-                families.plugin_attempts.get_or_create_owned(&labels)
+                families.plugin_attempts.get_or_create_owned(&PluginVerdictLabels::new(plugin, digest, verdict))
             }),
             guest_time: families.guest_time.get_or_create_owned(&labels),
             fuel: families.fuel.get_or_create_owned(&labels),
@@ -422,5 +450,19 @@ mod tests {
         assert!(text.contains("published_total{source=\"system\",type=\"a\"} 2"), "{text}");
         assert!(text.contains("published_total{source=\"system\",type=\"other\"} 2"), "{text}");
         assert!(!text.contains("type=\"c\""), "{text}");
+    }
+
+    #[test]
+    fn the_versions_of_a_plugin_that_keep_their_figures_are_bounded() {
+        let metrics = Metrics::default();
+        let count = |digest: &str| metrics.of_plugin("totals", digest).attempt(Verdict::Ok, 0.1, Some(1));
+        metrics.of_plugin("other", "d0").attempt(Verdict::Ok, 0.1, Some(1));
+        (0..KEPT_VERSIONS).for_each(|n| count(&format!("d{n}")));
+        count("d0");
+        count("new");
+        let text = metrics.encode();
+        assert!(text.contains("attempts_total{plugin=\"totals\",digest=\"d0\",verdict=\"ok\"} 2"), "{text}");
+        assert!(text.contains("fuel_count{plugin=\"totals\",digest=\"new\"} 1"), "{text}");
+        assert!(text.contains("plugin=\"other\",digest=\"d0\"") && !text.contains("digest=\"d1\""), "{text}");
     }
 }

@@ -8,7 +8,7 @@ mod config;
 mod dead;
 mod events;
 mod exit;
-mod follow;
+pub mod follow;
 pub mod plugin;
 mod plugins;
 mod publish;

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use serde::Serialize;
 
+use crate::error::Error;
 use crate::host::component::{self, Interface};
 use crate::host::guest::{self, Guest, Toolchain};
 use crate::host::manifest::Manifest;
@@ -34,9 +35,15 @@ pub struct BuildArgs {
 /// Arguments of `plugin inspect`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct InspectArgs {
-    /// The component
-    #[arg(value_name = "FILE")]
+    /// The component; with --url the name of a plugin
+    #[arg(value_name = "FILE|NAME")]
     pub file: PathBuf,
+    /// Ask this server for its plugin
+    #[arg(long, value_name = "URL")]
+    pub url: Option<String>,
+    /// The token, where the server asks for one
+    #[arg(long, env = "TIDEGATE_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub token: Option<String>,
     /// Print it as JSON
     #[arg(long)]
     pub json: bool,
@@ -130,7 +137,13 @@ fn open_to_readers(_file: &std::fs::File) -> std::io::Result<()> {
 /// # Errors
 /// When the file cannot be read or is no component with a manifest.
 pub fn inspect(args: &InspectArgs, out: &mut dyn Write) -> Result<()> {
-    let bytes = std::fs::read(&args.file).with_context(|| format!("cannot read {}", args.file.display()))?;
+    let shown = || args.file.display().to_string();
+    let bytes = match std::fs::read(&args.file) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::not_found("file", shown()).into());
+        }
+        read => read.with_context(|| format!("cannot read {}", shown()))?,
+    };
     let inspection = examine(&bytes).with_context(|| format!("plugin {}", args.file.display()))?;
     match args.json {
         true => writeln!(out, "{}", serde_json::to_string_pretty(&inspection)?)?,
@@ -149,7 +162,7 @@ pub fn examine(bytes: &[u8]) -> Result<Inspection, component::ComponentError> {
     Ok(Inspection { manifest, digest: component::digest(bytes), size: bytes.len(), interface })
 }
 
-fn show(plugin: &Inspection, out: &mut dyn Write) -> std::io::Result<()> {
+pub(super) fn show(plugin: &Inspection, out: &mut dyn Write) -> std::io::Result<()> {
     let manifest = &plugin.manifest;
     writeln!(out, "name           {}", manifest.name)?;
     writeln!(out, "version        {}", manifest.version)?;
@@ -217,7 +230,7 @@ mod tests {
 
     fn inspected(file: &Path, json: bool) -> Result<String> {
         let mut out = Vec::new();
-        inspect(&InspectArgs { file: file.to_owned(), json }, &mut out)?;
+        inspect(&InspectArgs { file: file.to_owned(), url: None, token: None, json }, &mut out)?;
         Ok(String::from_utf8(out)?)
     }
 

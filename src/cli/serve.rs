@@ -7,18 +7,19 @@ use std::io::IsTerminal as _;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tracing_subscriber::EnvFilter;
 
 use super::config::Flags;
 use super::exit::Exit;
-use super::follow;
+use super::follow::Follower;
 use super::print_line;
 use crate::broker::Broker;
 use crate::config::{Config, Log, LogFormat, ProviderUrl};
 use crate::error::Error;
-use crate::host::{Folder, Host};
+use crate::host::{Folder, Host, Reloader};
 use crate::http::{Gate, Server, Services};
 use crate::metrics::Metrics;
 use crate::provider::Provider;
@@ -75,6 +76,8 @@ fn log_to_stderr(log: &Log) -> Result<()> {
 
 async fn serve(config: Config) -> Result<Exit> {
     let mut stop = stop_signal().context("cannot listen for signals")?;
+    // From the first moment on: unheard, it would end the process.
+    let hangup = signal(SignalKind::hangup()).context("cannot listen for signals")?;
     let metrics = Metrics::new(config.limits.metric_types);
     let gate = Gate::waiting_for([STORE, PLUGINS, BROKER]);
     let server = Server::bind(config.listen, config.http.clone(), metrics.clone(), gate.clone()).await?;
@@ -86,10 +89,12 @@ async fn serve(config: Config) -> Result<Exit> {
     gate.done(STORE);
     let (broker, service) = Broker::open(Arc::clone(&provider), config.broker.clone(), metrics.clone()).await?;
     let (stop_following, following_stops) = watch::channel(false);
-    let (host, following) = start_plugins(&config, &broker, metrics, following_stops).await?;
+    let (plugins, following) = start_plugins(&config, &broker, metrics, following_stops).await?;
     gate.done(PLUGINS);
+    let (host, reloader) = plugins.unzip();
     let greeting = greeting(&config, host.as_ref());
-    gate.open(Services { broker, host });
+    tokio::spawn(reload_on(hangup, reloader.clone()));
+    gate.open(Services { broker, host, reloader });
     let (stop_broker, broker_stops) = watch::channel(false);
     let mut working = tokio::spawn(service.run(raised(broker_stops)));
     gate.done(BROKER);
@@ -132,12 +137,28 @@ async fn start_plugins(
     broker: &Broker,
     metrics: Metrics,
     stop: watch::Receiver<bool>,
-) -> Result<(Option<Host>, JoinHandle<()>)> {
+) -> Result<(Option<(Host, Reloader)>, JoinHandle<()>)> {
     let Some(directory) = &config.host.directory else { return Ok((None, tokio::spawn(async {}))) };
     let host = Host::new(config.host.clone(), Some(metrics))?;
-    let mut folder = Folder::open(host.clone(), directory)?;
-    follow::load(&mut folder, broker).await?;
-    Ok((Some(host), tokio::spawn(follow::follow(folder, broker.clone(), stop))))
+    let folder = Folder::open(host.clone(), directory)?;
+    let reloader = folder.reloader();
+    let mut follower = Follower::new(host.clone(), folder, broker.clone());
+    follower.look().await?;
+    Ok((Some((host, reloader)), tokio::spawn(follower.run(raised(stop)))))
+}
+
+/// Reads the folder of plugins anew at every SIGHUP. Without a folder the signal is passed over.
+async fn reload_on(mut hangup: Signal, reloader: Option<Reloader>) {
+    while hangup.recv().await.is_some() {
+        let Some(reloader) = &reloader else {
+            tracing::info!("SIGHUP: there is no folder of plugins to reload");
+            continue;
+        };
+        match reloader.reload_all().await {
+            Ok(()) => tracing::info!("SIGHUP: the folder of plugins was read anew"),
+            Err(error) => tracing::error!(%error, "SIGHUP: the plugins were not reloaded"),
+        }
+    }
 }
 
 /// With what is served, in words.
@@ -149,7 +170,6 @@ fn greeting(config: &Config, host: Option<&Host>) -> String {
 
 /// A flag that the first SIGINT or SIGTERM raises. The second ends the process.
 fn stop_signal() -> std::io::Result<watch::Receiver<bool>> {
-    use tokio::signal::unix::{SignalKind, signal};
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let (raise, stop) = watch::channel(false);
     tokio::spawn(async move {

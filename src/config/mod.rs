@@ -171,6 +171,14 @@ impl Sources {
         Self { file, environment: environment.collect(), flags }
     }
 
+    /// `$XDG_CACHE_HOME/tidegate` or `~/.cache/tidegate`, as the XDG base directory specification has it: a path that
+    /// is not absolute counts as none.
+    fn user_cache(&self) -> Option<PathBuf> {
+        let folder = |name: &str| self.variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let caches = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")))?;
+        Some(caches.join("tidegate"))
+    }
+
     fn variable(&self, name: &str) -> Option<&str> {
         self.environment.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
@@ -197,6 +205,7 @@ impl Config {
         config.sqlite.url.clone_from(&config.provider);
         config.host.plugins.clone_from(&config.plugins);
         config.host.max_payload = config.limits.max_payload.as_u64();
+        config.host.user_cache = sources.user_cache();
         config.validate()?;
         Ok(config)
     }

@@ -171,3 +171,24 @@ fn an_empty_file_means_the_defaults() {
     assert_eq!(config.limits.max_payload.as_u64(), 1 << 20);
     assert_eq!(load(".yaml", "", &[]).unwrap(), config);
 }
+
+/// The XDG base directory specification: a path that is not absolute counts as none.
+#[test]
+fn compiled_code_is_kept_in_the_users_own_cache_folder() {
+    let rows: [(&[(&str, &str)], &str); 6] = [
+        (&[("XDG_CACHE_HOME", "/var/cache/me"), ("HOME", "/home/me")], "/var/cache/me/tidegate"),
+        (&[("HOME", "/home/me")], "/home/me/.cache/tidegate"),
+        (&[("XDG_CACHE_HOME", ""), ("HOME", "/home/me")], "/home/me/.cache/tidegate"),
+        (&[("XDG_CACHE_HOME", "cache"), ("HOME", "/home/me")], "/home/me/.cache/tidegate"),
+        (&[("HOME", "")], "none"),
+        (&[], "none"),
+    ];
+    for (environment, expected) in rows {
+        let folder = load(".toml", "", environment).unwrap().host.user_cache;
+        assert_eq!(folder.map_or("none".into(), |folder| folder.display().to_string()), expected, "{environment:?}");
+    }
+    let config = load(".toml", "", &[("TIDEGATE_HOST__CACHE", "off")]).unwrap();
+    assert_eq!(config.host.cache, host::CodeCache::Off);
+    let words = refused(".toml", "[host]\ncache = \"\"", &[]);
+    assert!(words.contains("host.cache") && words.contains("\"off\""), "{words}");
+}

@@ -42,6 +42,9 @@ pub enum ComponentError {
     /// A plugin of nobody.
     #[error("has no manifest (custom section {MANIFEST_SECTION}): build it with `tidegate plugin build`")]
     NoManifest,
+    /// A manifest that is not text.
+    #[error("has a manifest that is damaged at byte {0}: build it again with `tidegate plugin build`")]
+    ManifestNotText(usize),
     /// A manifest that breaks a rule.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -121,12 +124,14 @@ pub fn manifest(component: &[u8]) -> Result<(Manifest, String), ComponentError> 
         if let Payload::CustomSection(section) = payload
             && section.name() == MANIFEST_SECTION
         {
-            found = Some(String::from_utf8_lossy(section.data()).into_owned());
+            found = Some((section.data_offset(), section.data()));
         }
         Ok(())
     })?;
-    let text = found.ok_or(ComponentError::NoManifest)?;
-    Ok((Manifest::parse(&text)?, text))
+    let (offset, data) = found.ok_or(ComponentError::NoManifest)?;
+    let text = std::str::from_utf8(data)
+        .map_err(|error| ComponentError::ManifestNotText(offset.saturating_add(error.valid_up_to())))?;
+    Ok((Manifest::parse(text)?, text.to_owned()))
 }
 
 /// What a component imports and exports.

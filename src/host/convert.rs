@@ -18,21 +18,29 @@ const MAX_MESSAGE: usize = 4 << 10;
 /// The most details of a fault.
 const MAX_DETAILS: usize = 32;
 
-/// The event as guests see it.
-pub(super) fn guest_event(event: &Event) -> types::Event {
+/// The event as guests see it. Nothing of it is copied before it is in the guest's memory.
+pub(super) fn guest_event<'a>(event: &'a Event, attributes: types::AttributesParam<'a>) -> types::Event<'a> {
     types::Event {
-        id: event.id.to_string(),
+        id: event.id.as_str(),
         sequence: event.seq.unwrap_or_default(),
-        type_: event.event_type.to_string(),
-        source: event.source.as_str().to_owned(),
+        type_: event.event_type.as_str(),
+        source: event.source.as_str(),
         created_at_ms: u64::try_from(event.created_at.as_millisecond()).unwrap_or_default(),
-        content_type: event.payload.content_type().to_owned(),
-        payload: event.payload.bytes().to_vec(),
-        attributes: attributes(event),
+        content_type: event.payload.content_type(),
+        payload: event.payload.bytes(),
+        attributes,
     }
 }
 
-fn attributes(event: &Event) -> types::Attributes {
+/// The attributes that the event does not hold as text; most events have none.
+pub(super) fn spelled_out(event: &Event) -> Vec<(String, String)> {
+    let user = event.user_id.iter().map(|user| ("user-id".to_owned(), user.to_string()));
+    let metadata = event.metadata.iter().map(|(name, value)| (format!("metadata.{name}"), value.to_string()));
+    user.chain(metadata).collect()
+}
+
+/// All attributes, the [spelled out](spelled_out) last.
+pub(super) fn attributes<'a>(event: &'a Event, spelled_out: &'a [(String, String)]) -> Vec<(&'a str, &'a str)> {
     let known = [
         ("schema", event.schema.as_deref()),
         ("entity", event.entity.as_deref()),
@@ -43,10 +51,9 @@ fn attributes(event: &Event) -> types::Attributes {
         ("trace-parent", event.trace_parent.as_deref()),
         ("caused-by", event.caused_by.as_ref().map(crate::event::EventId::as_str)),
     ];
-    let known = known.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())));
-    let user = event.user_id.iter().map(|user| ("user-id".to_owned(), user.to_string()));
-    let metadata = event.metadata.iter().map(|(name, value)| (format!("metadata.{name}"), value.to_string()));
-    known.chain(user).chain(metadata).collect()
+    let known = known.into_iter().filter_map(|(name, value)| Some((name, value?)));
+    let spelled_out = spelled_out.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+    known.chain(spelled_out).collect()
 }
 
 /// What a guest replied.
@@ -98,8 +105,10 @@ mod tests {
         event.instance_id = "node-1".into();
         event.metadata.insert("tags".into(), serde_json::json!(["a", 1]));
         event.metadata.insert("note".into(), serde_json::json!("text"));
-        let guest = guest_event(&event);
-        let value = |name: &str| guest.attributes.iter().find(|(known, _)| known == name).map(|(_, value)| &**value);
+        let spelled_out = spelled_out(&event);
+        let attributes = attributes(&event, &spelled_out);
+        let guest = guest_event(&event, &attributes);
+        let value = |name: &str| guest.attributes.iter().find(|(known, _)| *known == name).map(|(_, value)| *value);
         assert_eq!(guest.sequence, 7);
         assert_eq!(guest.source, "database");
         assert_eq!(guest.payload, b"1");

@@ -1,23 +1,29 @@
-//! The engine: how components are compiled, how much may be compiled and run at once, and the clock that ends guests.
+//! The engines: how components are compiled, how much may be compiled and run at once, and the clock that ends guests.
 //!
-//! One engine serves all plugins. Nothing here knows what a plugin is: bytes go in, a compiled component comes out.
+//! Nothing here knows what a plugin is: bytes go in, a compiled component comes out. Nearly all of them run on the
+//! first engine, whose instances come from a pool. The others are made when the first component needs them.
 
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::Semaphore;
 use wasmtime::component::Component;
-use wasmtime::{Config, Enabled, InstanceAllocationStrategy, PoolingAllocationConfig, WasmBacktraceDetails};
+use wasmtime::{
+    Config, Enabled, EngineWeak, InstanceAllocationStrategy, PoolingAllocationConfig, WasmBacktraceDetails,
+};
 
-use super::cache::Cache;
+use super::cache::{self, Cache, Folder};
 use super::limits::MAX_TABLE;
+use super::slots::Slots;
 use crate::error::{Error, Result};
 
 /// How often guests that compute are interrupted: to let other tasks run, and to see whether their time is up.
 pub(super) const TICK: Duration = Duration::from_millis(10);
+
+/// How often idle instances are looked through.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// Compiling uses every core by itself; more at once only takes memory.
 const COMPILES_AT_ONCE: usize = 2;
@@ -28,91 +34,178 @@ const RESIDENT_MEMORY: usize = 128 << 10;
 /// The same for tables.
 const RESIDENT_TABLE: usize = 64 << 10;
 
+/// What a guest's own calls may take of the stack. Recursion beyond it is a trap; compilers of guests keep their larger
+/// data in linear memory, so that this is some ten thousand calls deep.
+const GUEST_STACK: usize = 512 << 10;
+
+/// The stack of an attempt: the guest's share, and three times as much for the host functions that run above it, which
+/// are ours, WASI's, and whatever reads a value for the guest. Only pages that were touched take memory.
+const STACK: usize = 4 * GUEST_STACK;
+
 /// Core instances, memories and tables that the pool holds per attempt: guests with WASI inside have a few of each.
 const PARTS_PER_ATTEMPT: u32 = 4;
 
 /// What a small pool has of them nevertheless: one Python guest takes some thirty.
 const FEWEST_PARTS: u32 = 256;
 
-/// What an engine is made with.
+/// What the engines are made with.
 pub(super) struct Settings {
     /// Attempts at once.
     pub(super) slots: u32,
+    /// Core instances, memories and tables in the pool, of each as many.
+    pub(super) parts: u32,
     /// The most memory that any plugin may be allowed, in bytes.
     pub(super) max_memory: usize,
     /// Where compiled code is kept.
-    pub(super) cache: Option<PathBuf>,
+    pub(super) cache: Option<Folder>,
+}
+
+impl Settings {
+    /// Enough for this many attempts at once.
+    pub(super) fn new(slots: u32, max_memory: usize, cache: Option<Folder>) -> Self {
+        Self { slots, parts: slots.saturating_mul(PARTS_PER_ATTEMPT).max(FEWEST_PARTS), max_memory, cache }
+    }
 }
 
 /// Compiles components and says when they may run.
 pub(super) struct Engine {
-    wasmtime: wasmtime::Engine,
-    slots: Arc<Semaphore>,
+    /// Instances from a pool: the fast way. `None` where its address space cannot be had.
+    pooled: Option<wasmtime::Engine>,
+    /// Instances one by one, for what does not fit into the pool or finds it full. It runs the same compiled code.
+    single: OnceLock<wasmtime::Engine>,
+    /// Instances one by one, with the tasks and streams of WASI 0.3, which cost every call something, used or not.
+    concurrent: OnceLock<wasmtime::Engine>,
+    slots: Arc<Slots>,
     compiles: Arc<Semaphore>,
-    cache: Option<Arc<Cache>>,
-    /// Dropping it ends the ticking thread.
-    _ticker: Sender<()>,
+    cache: Option<Cache>,
+    /// Takes engines to the thread that ticks for all of them. Dropping it ends the thread.
+    ticker: Sender<EngineWeak>,
 }
 
 impl Engine {
-    /// Starts an engine and its ticking thread.
+    /// Starts the first engine and the ticking thread.
     ///
     /// Where the address space for the pool cannot be had, instances are allocated one by one instead, which is said
     /// once in the log.
     ///
     /// # Errors
-    /// [`Error::Incompatible`] when the platform cannot run guests, and [`Error::Invalid`] for a cache folder that
-    /// others can write to.
+    /// [`Error::Incompatible`] when the platform cannot run guests, and [`Error::Invalid`] for a cache folder that was
+    /// asked for and is not private or cannot be written to.
     pub(super) fn new(settings: &Settings) -> Result<Self> {
-        let wasmtime = pooled(settings).or_else(|error| {
+        let pooled = pooled(settings).inspect_err(|error| {
             tracing::warn!(error = format!("{error:#}"), "no pool for instances, each is allocated by itself");
-            wasmtime::Engine::new(&config())
         });
-        let wasmtime = wasmtime.map_err(|error| unusable(format!("cannot be started: {error:#}")))?;
-        let cache = match &settings.cache {
-            Some(folder) => Some(Arc::new(Cache::open(folder, &wasmtime)?)),
-            None => None,
-        };
-        let _ticker = tick(&wasmtime)?;
-        let slots = usize::try_from(settings.slots).unwrap_or(Semaphore::MAX_PERMITS).clamp(1, Semaphore::MAX_PERMITS);
-        Ok(Self {
-            wasmtime,
-            slots: Arc::new(Semaphore::new(slots)),
+        let slots = Slots::new(settings.slots);
+        let engine = Self {
+            pooled: pooled.ok(),
+            single: OnceLock::new(),
+            concurrent: OnceLock::new(),
+            slots: Arc::clone(&slots),
             compiles: Arc::new(Semaphore::new(COMPILES_AT_ONCE)),
-            cache,
-            _ticker,
-        })
+            cache: settings.cache.as_ref().map_or(Ok(None), Cache::open)?,
+            ticker: tick(&slots)?,
+        };
+        match &engine.pooled {
+            Some(pooled) => engine.keep_time_of(pooled),
+            None => drop(engine.single().map_err(|error| unusable(format!("cannot be started: {error:#}")))?),
+        }
+        Ok(engine)
     }
 
-    /// The engine itself.
-    pub(super) fn wasmtime(&self) -> &wasmtime::Engine {
-        &self.wasmtime
-    }
-
-    /// What an attempt holds a permit of while it has an instance.
-    pub(super) fn slots(&self) -> &Arc<Semaphore> {
+    /// What an instance holds one of.
+    pub(super) fn slots(&self) -> &Arc<Slots> {
         &self.slots
     }
 
     /// The compiled form of a component, from the cache where there is one. Never blocks the caller's thread.
     ///
+    /// `concurrent` says that it needs the tasks and streams of WASI 0.3. That a component uses them without importing
+    /// WASI 0.3 is found out by the compiler.
+    ///
     /// # Errors
     /// What the compiler says about `bytes`.
-    pub(super) async fn compile(&self, digest: &str, bytes: Bytes) -> wasmtime::Result<Component> {
+    pub(super) async fn compile(
+        self: &Arc<Self>,
+        digest: &Arc<str>,
+        bytes: Bytes,
+        concurrent: bool,
+    ) -> wasmtime::Result<Component> {
+        let digest = Arc::clone(digest);
+        self.blocking(move |engine| engine.compile_now(&digest, &bytes, concurrent)).await
+    }
+
+    /// The same compiled code for an instance that found the pool full.
+    ///
+    /// # Errors
+    /// Those of the engine, which there are none of as long as both engines have the same settings.
+    pub(super) async fn outside_the_pool(self: &Arc<Self>, component: &Component) -> wasmtime::Result<Component> {
+        let component = component.clone();
+        self.blocking(move |engine| cache::copy(&component, &engine.single()?)).await
+    }
+
+    /// Runs `work` where blocking is no harm, with as much of it at once as the machine can bear.
+    async fn blocking(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> wasmtime::Result<Component> + Send + 'static,
+    ) -> wasmtime::Result<Component> {
         let permit = Arc::clone(&self.compiles).acquire_owned().await?;
-        let (engine, cache, digest) = (self.wasmtime.clone(), self.cache.clone(), digest.to_owned());
+        let engine = Arc::clone(self);
         let work = move || {
             let _permit = permit;
-            if let Some(known) = cache.as_ref().and_then(|cache| cache.get(&engine, &digest)) {
-                return Ok(known);
-            }
-            let component = Component::from_binary(&engine, &bytes)?;
-            if let Some(cache) = cache {
-                cache.put(&digest, &component);
-            }
-            Ok(component)
+            work(&engine)
         };
         tokio::task::spawn_blocking(work).await?
+    }
+
+    fn compile_now(&self, digest: &Arc<str>, bytes: &[u8], concurrent: bool) -> wasmtime::Result<Component> {
+        if !concurrent {
+            // What neither of the two takes, because it is too large for the pool or uses what they do not know, fails
+            // there before any code is made, mostly.
+            if let Some(Ok(component)) = self.pooled.as_ref().map(|engine| self.compile_for(engine, digest, bytes)) {
+                return Ok(component);
+            }
+            if let Ok(component) = self.compile_for(&self.single()?, digest, bytes) {
+                return Ok(component);
+            }
+        }
+        self.compile_for(&self.concurrent()?, digest, bytes)
+    }
+
+    fn compile_for(&self, engine: &wasmtime::Engine, digest: &Arc<str>, bytes: &[u8]) -> wasmtime::Result<Component> {
+        if let Some(known) = self.cache.as_ref().and_then(|cache| cache.get(engine, digest)) {
+            return Ok(known);
+        }
+        let component = Component::from_binary(engine, bytes)?;
+        if let Some(cache) = &self.cache {
+            cache.put(engine, digest, &component);
+        }
+        Ok(component)
+    }
+
+    fn single(&self) -> wasmtime::Result<wasmtime::Engine> {
+        self.lazily(&self.single, &config())
+    }
+
+    fn concurrent(&self) -> wasmtime::Result<wasmtime::Engine> {
+        self.lazily(&self.concurrent, config().concurrency_support(true).wasm_component_model_async(true))
+    }
+
+    /// Two who come at once make one each, and one of them is kept.
+    fn lazily(&self, kept: &OnceLock<wasmtime::Engine>, config: &Config) -> wasmtime::Result<wasmtime::Engine> {
+        if let Some(engine) = kept.get() {
+            return Ok(engine.clone());
+        }
+        let made = wasmtime::Engine::new(config)?;
+        let engine = kept.get_or_init(|| {
+            self.keep_time_of(&made);
+            made
+        });
+        Ok(engine.clone())
+    }
+
+    fn keep_time_of(&self, engine: &wasmtime::Engine) {
+        // The thread lives as long as its sender.
+        let _ = self.ticker.send(engine.weak());
     }
 }
 
@@ -127,6 +220,8 @@ fn config() -> Config {
         .consume_fuel(true)
         .memory_init_cow(true)
         .concurrency_support(false)
+        .max_wasm_stack(GUEST_STACK)
+        .async_stack_size(STACK)
         // A limiter is not asked about shared memories.
         .wasm_threads(false)
         .wasm_backtrace_details(WasmBacktraceDetails::Enable);
@@ -134,13 +229,12 @@ fn config() -> Config {
 }
 
 fn pooled(settings: &Settings) -> wasmtime::Result<wasmtime::Engine> {
-    let parts = settings.slots.saturating_mul(PARTS_PER_ATTEMPT).max(FEWEST_PARTS);
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(settings.slots)
         .total_stacks(settings.slots)
-        .total_core_instances(parts)
-        .total_memories(parts)
-        .total_tables(parts)
+        .total_core_instances(settings.parts)
+        .total_memories(settings.parts)
+        .total_tables(settings.parts)
         .table_elements(MAX_TABLE)
         .max_memory_size(settings.max_memory);
     if PoolingAllocationConfig::is_pagemap_scan_available() {
@@ -155,16 +249,30 @@ fn pooled(settings: &Settings) -> wasmtime::Result<wasmtime::Engine> {
 }
 
 /// Ticks from a thread of its own: a guest that computes can keep every thread of the runtime busy, timers included.
-fn tick(engine: &wasmtime::Engine) -> Result<Sender<()>> {
-    let (alive, dropped) = mpsc::channel();
-    let engine = engine.weak();
+/// Now and then it lets idle instances go.
+fn tick(slots: &Arc<Slots>) -> Result<Sender<EngineWeak>> {
+    let (ticker, coming) = mpsc::channel::<EngineWeak>();
+    let slots = Arc::downgrade(slots);
     let work = move || {
-        while let Err(RecvTimeoutError::Timeout) = dropped.recv_timeout(TICK) {
-            let Some(engine) = engine.upgrade() else { return };
-            engine.increment_epoch();
+        let mut engines = Vec::new();
+        let mut swept = Instant::now();
+        loop {
+            match coming.recv_timeout(TICK) {
+                Ok(engine) => engines.push(engine),
+                Err(RecvTimeoutError::Timeout) => {
+                    engines.iter().filter_map(EngineWeak::upgrade).for_each(|engine| engine.increment_epoch());
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if swept.elapsed() >= SWEEP
+                && let Some(slots) = slots.upgrade()
+            {
+                swept = Instant::now();
+                slots.release_idle(swept);
+            }
         }
     };
     let thread = std::thread::Builder::new().name("tidegate-epochs".into());
     thread.spawn(work).map_err(|error| unusable(format!("has no thread to keep time with: {error}")))?;
-    Ok(alive)
+    Ok(ticker)
 }

@@ -4,11 +4,13 @@
 //! from being loaded at all, with the line to add to the configuration.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU32;
 
-use super::bindings::{HANDLER, MAJOR, PACKAGE};
+use super::bindings::{BATCH_HANDLER, HANDLER, MAJOR, PACKAGE, VERSION};
 use super::component::Interface;
 use super::manifest::{Capabilities, Manifest};
-use super::options::PluginOptions;
+use super::options::{Options, PluginOptions};
+use super::wasi::{WASI_0_2, WASI_0_3};
 use crate::event::EventType;
 use crate::pattern::Pattern;
 
@@ -21,8 +23,10 @@ pub(super) struct Powers {
     pub(super) events: Vec<Pattern>,
     /// Its settings: every key that it may ask for, with the value where the operator gave one.
     pub(super) config: BTreeMap<String, Option<String>>,
-    /// Whether it was built for WASI, and is given a WASI in which nothing is granted.
+    /// Whether it was built for WASI 0.2, and is given a WASI in which nothing is granted.
     pub(super) wasi: bool,
+    /// The same for WASI 0.3.
+    pub(super) wasi_3: bool,
 }
 
 impl Powers {
@@ -47,45 +51,111 @@ pub(super) fn decide(
         check_import(import, &manifest.capabilities)?;
     }
     let requested = &manifest.capabilities;
+    let imports_wasi = |version: &str| {
+        let mut imports = interface.imports.iter().map(|import| parts(import));
+        imports.any(|(package, _, built_for)| package.starts_with("wasi:") && built_for.starts_with(version))
+    };
     let value = |key: &String| (key.clone(), options.config.get(key).cloned());
     Ok(Powers {
         kv: requested.kv.iter().cloned().collect(),
         events: requested.events.clone(),
         config: requested.config.iter().map(value).collect(),
-        wasi: interface.imports.iter().any(|import| import.starts_with("wasi:")),
+        wasi: imports_wasi("0.2."),
+        wasi_3: imports_wasi("0.3."),
     })
 }
 
+/// The most events of a batch that neither the plugin nor its operator says anything about: at this many the call itself
+/// costs next to nothing per event.
+const MAX_BATCH: u32 = 64;
+
+/// The most events that one call of the plugin may have; 1 where they are handled one by one.
+///
+/// # Errors
+/// Words for a manifest that asks for batches without the export that takes them.
+pub(super) fn max_batch(
+    manifest: &Manifest,
+    interface: &Interface,
+    options: &PluginOptions,
+) -> std::result::Result<usize, String> {
+    let wished = manifest.batch.max.map(NonZeroU32::get);
+    if !has_export(&interface.exports, BATCH_HANDLER) {
+        return match wished {
+            None | Some(1) => Ok(1),
+            Some(max) => Err(format!(
+                "asks for batches (batch.max = {max} in its plugin.toml) and does not export {BATCH_HANDLER}: \
+                 export it, with the SDK by plugin!(…, batch), or leave batch.max out"
+            )),
+        };
+    }
+    let allowed = options.batch.max.map_or(u32::MAX, NonZeroU32::get);
+    Ok(usize::try_from(wished.unwrap_or(MAX_BATCH).min(allowed)).unwrap_or(usize::MAX))
+}
+
 /// The name of an interface in parts: `wasi:io/poll@0.2.6` is `("wasi:io", "poll", "0.2.6")`.
-fn parts(name: &str) -> (&str, &str, &str) {
+pub(super) fn parts(name: &str) -> (&str, &str, &str) {
     let (path, version) = name.split_once('@').unwrap_or((name, ""));
     let (package, interface) = path.split_once('/').unwrap_or((path, ""));
     (package, interface, version)
 }
 
-fn is_served(version: &str) -> bool {
-    version.split('.').next() == Some(MAJOR)
+/// The version of an interface's package that this host serves, which goes on with that of the interface.
+pub(super) fn served(name: &str) -> Option<&'static str> {
+    match parts(name) {
+        (PACKAGE, _, version) if is_served(version) => Some(VERSION),
+        (package, _, version) if package.starts_with("wasi:") && !is_pre_release(version) => {
+            [WASI_0_2, WASI_0_3].into_iter().find(|served| served.get(..4) == version.get(..4))
+        }
+        _ => None,
+    }
 }
 
-fn other_major(version: &str) -> String {
-    format!(
-        "was built for {PACKAGE} {version}, and this host serves {MAJOR}.x: \
-         build it against that version, or run it on a tidegate that serves {version}"
-    )
+fn is_served(version: &str) -> bool {
+    version.split('.').next() == Some(MAJOR) && !is_pre_release(version)
+}
+
+/// Nothing is compatible with a pre-release, not even the release.
+fn is_pre_release(version: &str) -> bool {
+    version.contains('-')
+}
+
+fn other_version(version: &str) -> String {
+    match is_pre_release(version) {
+        true => format!(
+            "was built for {PACKAGE} {version}, a pre-release that nothing else is compatible with: \
+             build it for {VERSION}"
+        ),
+        false => format!(
+            "was built for {PACKAGE} {version}, and this host serves {MAJOR}.x: \
+             build it for {VERSION}, or run it on a tidegate that serves {version}"
+        ),
+    }
+}
+
+/// Whether these exports have the interface of this name in a version that is served.
+pub(super) fn has_export(exports: &[String], interface: &str) -> bool {
+    exports.iter().any(|name| name.split('@').next() == Some(interface) && is_served(parts(name).2))
 }
 
 /// A plugin exports the handler. What exports something else is told what it is.
 pub(super) fn check_exports(exports: &[String]) -> std::result::Result<(), String> {
     let mut versions = exports.iter().filter(|name| parts(name).0 == PACKAGE).map(|name| parts(name).2);
-    if exports.iter().any(|name| name.split('@').next() == Some(HANDLER) && is_served(parts(name).2)) {
+    if has_export(exports, HANDLER) {
         return Ok(());
     }
     if let Some(version) = versions.find(|version| !is_served(version)) {
-        return Err(other_major(version));
+        return Err(other_version(version));
     }
-    if exports.iter().any(|name| name.starts_with("wasi:cli/run@")) {
+    let exports_one_of =
+        |names: &[&str]| exports.iter().any(|name| name.split('@').next().is_some_and(|n| names.contains(&n)));
+    if exports_one_of(&["wasi:cli/run"]) {
         return Err(format!(
             "is a WASI command and not a plugin: it has to export {HANDLER} instead of a main function"
+        ));
+    }
+    if exports_one_of(&["wasi:http/incoming-handler", "wasi:http/handler"]) {
+        return Err(format!(
+            "is a WASI HTTP service and not a plugin: it has to export {HANDLER}, which gets events instead of requests"
         ));
     }
     let exported = match exports {
@@ -101,14 +171,13 @@ pub(super) fn check_exports(exports: &[String]) -> std::result::Result<(), Strin
 /// Everything that is requested must be granted.
 fn check_grants(manifest: &Manifest, grants: &Capabilities) -> std::result::Result<(), String> {
     let requested = &manifest.capabilities;
-    let missing = [
-        line("kv", requested.kv.iter().filter(|name| !grants.kv.contains(name))),
-        line("events", requested.events.iter().filter(|wish| !is_covered(wish, &grants.events)).map(Pattern::as_str)),
-        line("config", requested.config.iter().filter(|key| !grants.config.contains(key))),
-        line("http", requested.http.iter().filter(|origin| !grants.http.contains(origin))),
-    ];
-    let missing: Vec<String> = missing.into_iter().flatten().collect();
-    match missing.as_slice() {
+    let missing = Capabilities {
+        kv: requested.kv.iter().filter(|name| !grants.kv.contains(name)).cloned().collect(),
+        events: requested.events.iter().filter(|wish| !is_covered(wish, &grants.events)).cloned().collect(),
+        config: requested.config.iter().filter(|key| !grants.config.contains(key)).cloned().collect(),
+        http: requested.http.iter().filter(|origin| !grants.http.contains(origin)).cloned().collect(),
+    };
+    match lines(&missing).as_slice() {
         [] => Ok(()),
         lines => Err(format!(
             "requests what is not granted: if it may, add {} to [plugins.{}.grants] in the configuration",
@@ -118,8 +187,22 @@ fn check_grants(manifest: &Manifest, grants: &Capabilities) -> std::result::Resu
     }
 }
 
-fn line<T: ToString>(capability: &str, missing: impl Iterator<Item = T>) -> Option<String> {
-    let names: Vec<String> = missing.map(|name| format!("{:?}", name.to_string())).collect();
+/// The section of the configuration that grants a plugin all that it requests, when not all of that is granted yet.
+#[must_use]
+pub fn needed_grants(manifest: &Manifest, options: &Options) -> Option<String> {
+    let granted = options.plugins.get(&manifest.name).map(|plugin| plugin.grants.clone());
+    check_grants(manifest, &granted.unwrap_or_default()).err()?;
+    Some(format!("[plugins.{}.grants]\n{}\n", manifest.name, lines(&manifest.capabilities).join("\n")))
+}
+
+/// Capabilities as lines of TOML, those that are empty left out.
+fn lines(capabilities: &Capabilities) -> Vec<String> {
+    let Capabilities { kv, events, config, http } = capabilities;
+    [line("kv", kv), line("events", events), line("config", config), line("http", http)].into_iter().flatten().collect()
+}
+
+fn line<T: ToString>(capability: &str, names: &[T]) -> Option<String> {
+    let names: Vec<String> = names.iter().map(|name| format!("{:?}", name.to_string())).collect();
     (!names.is_empty()).then(|| format!("{capability} = [{}]", names.join(", ")))
 }
 
@@ -136,7 +219,7 @@ fn is_covered(wish: &Pattern, grants: &[Pattern]) -> bool {
 fn check_import(import: &str, requested: &Capabilities) -> std::result::Result<(), String> {
     let (package, interface, version) = parts(import);
     match (package, interface) {
-        (PACKAGE, _) if !is_served(version) => Err(other_major(version)),
+        (PACKAGE, _) if !is_served(version) => Err(other_version(version)),
         (PACKAGE, "types" | "delivery" | "log") => Ok(()),
         (PACKAGE, "config") => needs_request(import, "config", "the settings", requested.config.is_empty()),
         (PACKAGE, "events") => needs_request(import, "events", "the types", requested.events.is_empty()),
@@ -144,14 +227,29 @@ fn check_import(import: &str, requested: &Capabilities) -> std::result::Result<(
         (PACKAGE, _) => Err(format!("imports {import}, which this host does not have: run it on a newer tidegate")),
         ("wasi:http", _) => Err(format!("imports {import}: outbound HTTP is not offered by this version of tidegate")),
         ("wasi:cli" | "wasi:clocks" | "wasi:filesystem" | "wasi:io" | "wasi:random" | "wasi:sockets", _) => {
-            match version.starts_with("0.2.") {
-                true => Ok(()),
-                false => Err(format!("imports {import}, and this host serves WASI 0.2: build it for wasm32-wasip2")),
+            match served(import) {
+                Some(_) => Ok(()),
+                None => Err(format!(
+                    "imports {import}, and this host serves WASI {WASI_0_2} and {WASI_0_3} and what is older of the same \
+                     two: build it for wasm32-wasip2"
+                )),
             }
         }
         _ => Err(format!(
-            "imports {import}, which this host does not offer: a plugin may import {PACKAGE} interfaces and WASI 0.2"
+            "imports {import}, which this host does not offer: a plugin may import interfaces of {PACKAGE} and of WASI{}",
+            instead(package).map_or_else(String::new, |ours| format!("; {PACKAGE}/{ours} does what it is for"))
         )),
+    }
+}
+
+/// What we have in place of a WASI draft.
+fn instead(package: &str) -> Option<&'static str> {
+    match package {
+        "wasi:keyvalue" => Some("kv"),
+        "wasi:config" => Some("config"),
+        "wasi:logging" => Some("log"),
+        "wasi:messaging" => Some("events"),
+        _ => None,
     }
 }
 
@@ -192,7 +290,14 @@ mod tests {
         let words = decided(&[], requests, "kv = [\"other\"]").unwrap_err();
         let line = "add kv = [\"totals\"] and events = [\"shop.totals.*\"] to [plugins.totals.grants]";
         assert!(words.contains(line), "{words}");
-        assert!(decided(&[], requests, "kv = [\"other\", \"totals\"], events = [\"shop.totals.*\"]").is_ok());
+        let enough = "kv = [\"other\", \"totals\"], events = [\"shop.totals.*\"]";
+        assert!(decided(&[], requests, enough).is_ok());
+
+        let mut host = Options::default();
+        let section = needed_grants(&manifest(requests), &host).unwrap();
+        assert_eq!(section, format!("[plugins.totals.grants]\n{requests}\n"), "ready for the configuration");
+        host.plugins.insert("totals".to_owned(), options(enough));
+        assert_eq!(needed_grants(&manifest(requests), &host), None);
     }
 
     #[test]
@@ -235,7 +340,19 @@ mod tests {
             ("tidegate:plugin/log@2.1.0", "built for tidegate:plugin 2.1.0, and this host serves 1.x"),
             ("tidegate:plugin/mail@1.4.0", "run it on a newer tidegate"),
             ("wasi:http/outgoing-handler@0.2.6", "outbound HTTP"),
-            ("wasi:cli/stdout@0.3.0", "WASI 0.2"),
+            ("tidegate:plugin/log@0.9.0", "this host serves 1.x"),
+            ("tidegate:plugin/log@1.1.0-rc.1", "1.1.0-rc.1, a pre-release that nothing else is compatible with"),
+            ("wasi:cli/stdout@0.4.0", "this host serves WASI 0.2.12 and 0.3.0"),
+            ("wasi:cli/stdout@0.3.0-rc-2026-02-09", "this host serves WASI 0.2.12 and 0.3.0"),
+            ("wasi:cli/stdout@0.2.0-rc-2023-12-05", "this host serves WASI 0.2.12 and 0.3.0"),
+            (
+                "wasi:keyvalue/store@0.2.0-draft",
+                "does not offer: a plugin may import interfaces of tidegate:plugin and of WASI; tidegate:plugin/kv does",
+            ),
+            ("wasi:config/store@0.2.0-rc.1", "tidegate:plugin/config does what it is for"),
+            ("wasi:logging/logging@0.1.0-draft", "tidegate:plugin/log does"),
+            ("wasi:messaging/producer@0.2.0-draft", "tidegate:plugin/events does"),
+            ("wasi:nn/inference@0.2.0", "of tidegate:plugin and of WASI"),
             ("acme:db/query@1.0.0", "acme:db/query@1.0.0, which this host does not offer"),
             ("now", "now, which this host does not offer"),
         ];
@@ -245,15 +362,40 @@ mod tests {
         }
         let free = ["tidegate:plugin/types@1.0.0", "tidegate:plugin/delivery@1.0.0", "tidegate:plugin/log@1.2.0"];
         assert_eq!(decided(&free, "", ""), Ok(Powers::default()));
-        assert!(decided(&["wasi:clocks/wall-clock@0.2.3"], "", "").unwrap().wasi);
+        let powers = |import| decided(&[import], "", "").map(|powers| (powers.wasi, powers.wasi_3)).unwrap();
+        assert_eq!(powers("wasi:clocks/wall-clock@0.2.3"), (true, false));
+        assert_eq!(powers("wasi:clocks/system-clock@0.3.0"), (false, true));
+    }
+
+    #[test]
+    fn batches_need_their_export_and_the_smaller_wish_counts() {
+        let with = |exports: &[&str], wish: &str, allowed: &str| {
+            let manifest = Manifest::parse(&format!("name = \"totals\"\nversion = \"1.0.0\"\n{wish}\n")).unwrap();
+            let exports = exports.iter().map(|&name| name.to_owned()).collect();
+            max_batch(&manifest, &Interface { imports: Vec::new(), exports }, &toml::from_str(allowed).unwrap())
+        };
+        let both = [HANDLE, "tidegate:plugin/batch-handler@1.0.0"];
+        assert_eq!(with(&[HANDLE], "", ""), Ok(1));
+        assert_eq!(with(&[HANDLE], "[batch]\nmax = 1", "batch = { max = 9 }"), Ok(1));
+        assert_eq!(with(&both, "", ""), Ok(64));
+        assert_eq!(with(&both, "[batch]\nmax = 500", ""), Ok(500));
+        assert_eq!(with(&both, "[batch]\nmax = 500", "batch = { max = 8 }"), Ok(8));
+        assert_eq!(with(&both, "[batch]\nmax = 5", "batch = { max = 8 }"), Ok(5));
+        let refused = with(&[HANDLE], "[batch]\nmax = 5", "").unwrap_err();
+        assert!(refused.contains("batch.max = 5") && refused.contains("tidegate:plugin/batch-handler"), "{refused}");
     }
 
     #[test]
     fn a_component_of_another_world_is_told_what_it_is() {
-        let rows: [(&[&str], &str); 4] = [
+        let rows: [(&[&str], &str); 9] = [
             (&[], "exports nothing, but a plugin exports tidegate:plugin/handler@1.0.0"),
             (&["acme:web/serve@0.1.0"], "exports acme:web/serve@0.1.0, but a plugin"),
             (&["wasi:cli/run@0.2.6"], "WASI command"),
+            (&["wasi:cli/run@0.3.0"], "WASI command"),
+            (&["wasi:http/incoming-handler@0.2.6"], "WASI HTTP service"),
+            (&["wasi:http/handler@0.3.0"], "WASI HTTP service"),
+            (&["tidegate:plugin/handler@0.1.0"], "built for tidegate:plugin 0.1.0"),
+            (&["tidegate:plugin/handler@1.0.0-rc.1"], "1.0.0-rc.1, a pre-release"),
             (&["tidegate:plugin/handler@2.0.0"], "built for tidegate:plugin 2.0.0"),
         ];
         for (exports, words) in rows {

@@ -2,9 +2,10 @@
 //!
 //! Nothing is carried out here: events and writes are collected as [`Effects`], and reads of key-value data go through
 //! the [`Call`]. A request that breaks a rule is answered with a fault that the guest can read:
-//! `denied` (not granted), `invalid-…`, `too-large` or `too-many`. Only what cannot be answered so ends the attempt: a
-//! setting that was never requested ([`Stop::Denied`]) and a store that cannot be read ([`Stop::HostFault`]). So does
-//! calling the host too often, which [`instance`](super::instance) watches by the count that is kept here.
+//! `denied` (not granted), `invalid-…`, `too-large`, `too-many`, or `no-turn` in a batch. Only what cannot be answered so
+//! ends the attempt: a setting that was never requested ([`Stop::Denied`]) and a store that cannot be read
+//! ([`Stop::HostFault`]). So does calling the host too often, which [`instance`](super::instance) watches by the count that
+//! is kept here.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,15 +13,16 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use bytesize::ByteSize;
-use wasmtime::component::{HasSelf, Linker};
+use wasmtime::component::{Component, HasSelf, InstancePre, Linker};
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
-use super::bindings::tidegate::plugin::types::{Attributes, Fault};
+use super::bindings::tidegate::plugin::events::Attributes;
+use super::bindings::tidegate::plugin::types::Fault;
 use super::bindings::tidegate::plugin::{config, delivery, events, kv, log, types};
 use super::convert::refusal;
 use super::grants::Powers;
 use super::limits::{Limits, Meter, bytes};
-use super::log::Log;
+use super::log::{Log, Tail};
 use super::wasi::Wasi;
 use crate::delivery::{KvChange, KvWrite, LogLine};
 use crate::event::{EventId, EventType, MAX_TEXT, Metadata, Payload, body_size, short_text};
@@ -38,6 +40,7 @@ pub(super) enum Stop {
 }
 
 /// What is fixed for all attempts of a plugin.
+#[derive(Clone)]
 pub(super) struct Terms {
     pub(super) name: Arc<str>,
     pub(super) digest: Arc<str>,
@@ -45,56 +48,170 @@ pub(super) struct Terms {
     pub(super) limits: Limits,
     /// The largest payload of an event, in bytes.
     pub(super) max_payload: u64,
+    /// The most events of one call; 1 for a guest that takes them one by one.
+    pub(super) max_batch: usize,
+    /// How many events an instance may serve; 1 for a fresh one each.
+    pub(super) reuse: u32,
 }
 
-/// What an attempt has used of its limits, as far as it is counted here.
+/// What an attempt has used of its own limits.
 #[derive(Debug, Default)]
 struct Used {
-    host_calls: u64,
     published_bytes: usize,
     kv_operations: u32,
     kv_bytes: usize,
 }
 
-/// What a store holds: one attempt.
+/// What a store holds: an instance's own, and the attempts that it is busy with.
 pub(super) struct State {
     pub(super) meter: Meter,
-    pub(super) log: Log,
-    pub(super) effects: Effects,
     terms: Arc<Terms>,
-    call: Call,
-    deadline: Instant,
-    /// This attempt's own writes: a value, or `None` for deleted.
-    written: HashMap<(String, String), Option<Bytes>>,
-    used: Used,
+    log: Log,
+    deadline: Option<Instant>,
+    /// One per event of the call.
+    turns: Vec<Turn>,
+    /// Whose turn it is. The log of that event is in `log`.
+    turn: usize,
+    /// Whether the guest has said so, or there is only one.
+    is_said: bool,
+    /// The calls of the host since the call of the guest began, whichever event they were for.
+    host_calls: u64,
+    /// What the effects of all events hold, in bytes: it waits in memory for the end of the call.
+    held: usize,
+    is_crowded: bool,
     wasi: Option<Wasi>,
 }
 
+/// One attempt.
+pub(super) struct Turn {
+    call: Call,
+    effects: Effects,
+    /// This attempt's own writes: a value, or `None` for deleted.
+    written: HashMap<(String, String), Option<Bytes>>,
+    used: Used,
+    log: Option<Tail>,
+}
+
+impl Turn {
+    fn new(terms: &Terms, call: Call) -> Self {
+        let log = Some(Tail::new(&terms.name, &call, bytes(terms.limits.log)));
+        Self { call, effects: Effects::default(), written: HashMap::new(), used: Used::default(), log }
+    }
+
+    fn move_kv(&mut self, more: usize, limit: ByteSize) -> Result<(), Fault> {
+        self.used.kv_bytes = within(self.used.kv_bytes, more, limit).ok_or_else(|| {
+            let words = format!("an attempt may read and write {limit} of key-value data (limits.kv_bytes)");
+            refusal("too-large", words)
+        })?;
+        Ok(())
+    }
+
+    /// What the attempt wants done, and its log.
+    pub(super) fn finish(self) -> (Effects, Vec<LogLine>) {
+        (self.effects, self.log.map(|mut log| log.finish()).unwrap_or_default())
+    }
+}
+
 impl State {
-    pub(super) fn new(terms: &Arc<Terms>, call: Call, deadline: Instant) -> Self {
-        let log = Log::new(&terms.name, &call, bytes(terms.limits.log));
+    /// The state of an instance that is busy with nothing yet.
+    pub(super) fn new(terms: &Arc<Terms>) -> Self {
         Self {
             meter: Meter::new(bytes(terms.limits.memory)),
-            log,
-            effects: Effects::default(),
             terms: Arc::clone(terms),
-            call,
-            deadline,
-            written: HashMap::new(),
-            used: Used::default(),
+            log: Log::default(),
+            deadline: None,
+            turns: Vec::new(),
+            turn: 0,
+            is_said: false,
+            host_calls: 0,
+            held: 0,
+            is_crowded: false,
             wasi: None,
         }
     }
 
+    /// Begins one attempt for each call.
+    pub(super) fn begin(&mut self, calls: impl IntoIterator<Item = Call>, deadline: Option<Instant>) {
+        self.meter.restart();
+        (self.deadline, self.host_calls, self.held, self.is_crowded) = (deadline, 0, 0, false);
+        let terms = &*self.terms;
+        self.turns.clear();
+        self.turns.extend(calls.into_iter().map(|call| Turn::new(terms, call)));
+        (self.turn, self.is_said) = (0, self.turns.len() == 1);
+        let first = self.turns.first_mut().and_then(|turn| turn.log.take());
+        self.log.exchange(first);
+    }
+
+    /// Ends all attempts; the state is busy with nothing once they have been taken.
+    pub(super) fn end(&mut self) -> std::vec::Drain<'_, Turn> {
+        let log = self.log.exchange(None);
+        if let Some(turn) = self.turns.get_mut(self.turn) {
+            turn.log = log;
+        }
+        self.turns.drain(..)
+    }
+
+    /// The same attempts from their start, for another instance.
+    pub(super) fn again(&mut self) -> Self {
+        let mut state = Self::new(&self.terms);
+        state.begin(self.turns.drain(..).map(|turn| turn.call), self.deadline);
+        state
+    }
+
     /// Counts a call of the host. Every interface of the linker takes the state through here.
     fn called(&mut self) -> &mut Self {
-        self.used.host_calls = self.used.host_calls.saturating_add(1);
+        self.host_calls = self.host_calls.saturating_add(1);
         self
     }
 
-    /// Whether the host was called more often than allowed.
+    /// Whether the host was called more often than allowed for all events of the call together.
     pub(super) fn called_too_often(&self) -> bool {
-        self.used.host_calls > self.terms.limits.host_calls
+        let events = u64::try_from(self.turns.len().max(1)).unwrap_or(u64::MAX);
+        self.host_calls > self.terms.limits.host_calls.saturating_mul(events)
+    }
+
+    /// Whether the guest has kept to what it is not told about when it passes it.
+    pub(super) fn is_within_limits(&self) -> bool {
+        !self.meter.has_refused() && !self.called_too_often()
+    }
+
+    /// When the guest is to be interrupted; `None` for at once.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Whether the effects of a batch were too large for no other reason than that they came together: what the guest
+    /// then decided about an event it might not decide about that event alone.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.is_crowded
+    }
+
+    /// The attempt that facts and log lines belong to.
+    fn current(&self) -> wasmtime::Result<&Turn> {
+        self.turns.get(self.turn).ok_or_else(nobody)
+    }
+
+    /// The attempt that effects belong to.
+    fn acting(&mut self) -> Result<&mut Turn, Fault> {
+        let turn = self.is_said.then_some(self.turn);
+        turn.and_then(|turn| self.turns.get_mut(turn)).ok_or_else(no_turn)
+    }
+
+    fn take_turn(&mut self, index: u32) -> wasmtime::Result<()> {
+        let (count, next) = (self.turns.len(), usize::try_from(index).unwrap_or(usize::MAX));
+        let Some(turn) = self.turns.get_mut(next) else {
+            return Err(wasmtime::Error::msg(format!("there is no turn {index}: the call has {count} events")));
+        };
+        self.is_said = true;
+        if next == self.turn {
+            return Ok(());
+        }
+        let before = self.log.exchange(turn.log.take());
+        if let Some(turn) = self.turns.get_mut(self.turn) {
+            turn.log = before;
+        }
+        self.turn = next;
+        Ok(())
     }
 
     /// The collection that a bucket is, once it is granted and one more use of `key` in it is within the limit.
@@ -104,36 +221,46 @@ impl State {
         }
         check_key(key)?;
         let limit = self.terms.limits.kv_operations;
-        if self.used.kv_operations >= limit {
+        let Some(turn) = self.turns.get_mut(self.turn) else { return Err(no_turn()) };
+        if turn.used.kv_operations >= limit {
             let words = format!("an attempt may read and write key-value data {limit} times (limits.kv_operations)");
             return Err(refusal("too-many", words));
         }
-        self.used.kv_operations = self.used.kv_operations.saturating_add(1);
+        turn.used.kv_operations = turn.used.kv_operations.saturating_add(1);
         Ok(format!("kv/{}/{bucket}", self.terms.name))
     }
 
     /// Exclusive although it only reads: WASI's parts cannot be shared between threads, and this waits.
     async fn read(&mut self, collection: &str, key: &str) -> wasmtime::Result<Result<Option<Bytes>, Fault>> {
+        let limit = self.terms.limits.kv_bytes;
+        let turn = self.turns.get_mut(self.turn).ok_or_else(nobody)?;
         // A tuple of borrowed strings is no key of the map; the clones are small beside the read.
-        let value = match self.written.get(&(collection.to_owned(), key.to_owned())) {
+        let value = match turn.written.get(&(collection.to_owned(), key.to_owned())) {
             Some(own) => own.clone(),
-            None => self.call.kv.get(collection, key).await.map_err(Stop::HostFault)?,
+            None => turn.call.kv.get(collection, key).await.map_err(Stop::HostFault)?,
         };
-        Ok(self.move_kv(value.as_ref().map_or(0, Bytes::len)).map(|()| value))
+        Ok(turn.move_kv(value.as_ref().map_or(0, Bytes::len), limit).map(|()| value))
     }
 
     fn write(&mut self, bucket: String, key: String, change: KvChange, now: Option<Bytes>) -> Result<(), Fault> {
-        self.move_kv(now.as_ref().map_or(0, Bytes::len).saturating_add(key.len()))?;
-        self.written.insert((bucket.clone(), key.clone()), now);
-        self.effects.writes.push(KvWrite { bucket, key, change });
+        let size = now.as_ref().map_or(0, Bytes::len).saturating_add(key.len());
+        let limit = self.terms.limits.kv_bytes;
+        self.acting()?.move_kv(size, limit)?;
+        self.hold(size)?;
+        let turn = self.acting()?;
+        turn.written.insert((bucket.clone(), key.clone()), now);
+        turn.effects.writes.push(KvWrite { bucket, key, change });
         Ok(())
     }
 
-    fn move_kv(&mut self, more: usize) -> Result<(), Fault> {
-        let limit = self.terms.limits.kv_bytes;
-        self.used.kv_bytes = within(self.used.kv_bytes, more, limit).ok_or_else(|| {
-            let words = format!("an attempt may read and write {limit} of key-value data (limits.kv_bytes)");
-            refusal("too-large", words)
+    /// One attempt cannot reach this limit by itself: its own are lower.
+    fn hold(&mut self, more: usize) -> Result<(), Fault> {
+        let Limits { published_bytes, kv_bytes, .. } = &self.terms.limits;
+        let limit = ByteSize(published_bytes.as_u64().saturating_add(kv_bytes.as_u64()));
+        let held = within(self.held, more, limit);
+        self.is_crowded |= held.is_none();
+        self.held = held.ok_or_else(|| {
+            refusal("too-large", format!("the events of a batch may publish and write {limit} together"))
         })?;
         Ok(())
     }
@@ -142,22 +269,33 @@ impl State {
         if !self.terms.powers.may_publish(&publish.event_type) {
             return Err(denied("event type", publish.event_type.as_str(), "events"));
         }
-        let index = self.effects.published.len();
-        let limit = self.terms.limits.published_events;
-        if u32::try_from(index).is_ok_and(|index| index >= limit) {
-            let words = format!("an attempt may publish {limit} events (limits.published_events)");
+        let (limits, max_payload) = (&self.terms.limits, self.terms.max_payload);
+        let (count, limit) = (limits.published_events, limits.published_bytes);
+        let turn = self.acting()?;
+        let index = turn.effects.published.len();
+        if u32::try_from(index).is_ok_and(|index| index >= count) {
+            let words = format!("an attempt may publish {count} events (limits.published_events)");
             return Err(refusal("too-many", words));
         }
-        let size = body_size(&publish.payload, &publish.metadata, self.terms.max_payload)
+        let size = body_size(&publish.payload, &publish.metadata, max_payload)
             .map_err(|error| refusal("too-large", error.to_string()))?
             .saturating_add(publish.key.as_ref().map_or(0, |key| key.len()));
-        let limit = self.terms.limits.published_bytes;
-        self.used.published_bytes = within(self.used.published_bytes, size, limit).ok_or_else(|| {
+        turn.used.published_bytes = within(turn.used.published_bytes, size, limit).ok_or_else(|| {
             refusal("too-large", format!("an attempt may publish {limit} of events (limits.published_bytes)"))
         })?;
-        self.effects.published.push(publish);
-        Ok(EventId::caused(&self.call.event.id, &self.call.subscription, index).to_string())
+        self.hold(size)?;
+        let turn = self.acting()?;
+        turn.effects.published.push(publish);
+        Ok(EventId::caused(&turn.call.event.id, &turn.call.subscription, index).to_string())
     }
+}
+
+fn nobody() -> wasmtime::Error {
+    wasmtime::Error::msg("there is no event to ask about")
+}
+
+fn no_turn() -> Fault {
+    refusal("no-turn", "in a batch, delivery.turn says whose event it is before anything is published or written")
 }
 
 /// What is used together, unless that is more than the limit.
@@ -208,28 +346,32 @@ impl types::Host for State {}
 
 impl delivery::Host for State {
     fn subscription(&mut self) -> wasmtime::Result<String> {
-        Ok(self.call.subscription.to_string())
+        Ok(self.current()?.call.subscription.to_string())
     }
 
     fn attempt(&mut self) -> wasmtime::Result<u32> {
-        Ok(self.call.attempt)
+        Ok(self.current()?.call.attempt)
     }
 
     fn max_attempts(&mut self) -> wasmtime::Result<u32> {
-        Ok(self.call.max_attempts)
+        Ok(self.current()?.call.max_attempts)
     }
 
     fn remaining_ms(&mut self) -> wasmtime::Result<u64> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
+        let left = self.deadline.map(|end| end.saturating_duration_since(Instant::now())).unwrap_or_default();
         Ok(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
     }
 
     fn idempotency_key(&mut self) -> wasmtime::Result<String> {
-        Ok(self.call.idempotency_key())
+        Ok(self.current()?.call.idempotency_key())
     }
 
     fn is_replay(&mut self) -> wasmtime::Result<bool> {
-        Ok(self.call.is_replay)
+        Ok(self.current()?.call.is_replay)
+    }
+
+    fn turn(&mut self, index: u32) -> wasmtime::Result<()> {
+        self.take_turn(index)
     }
 }
 
@@ -337,11 +479,19 @@ impl WasiView for State {
     }
 }
 
+/// A component with exactly what these powers say behind its imports.
+///
+/// # Errors
+/// Words of the engine about an import or export of another shape than ours.
+pub(super) fn link(component: &Component, powers: &Powers) -> wasmtime::Result<InstancePre<State>> {
+    linker(component.engine(), powers)?.instantiate_pre(component)
+}
+
 /// A linker that offers exactly what these powers say.
 ///
 /// # Errors
 /// Those of the engine, which there are none of as long as no name is added twice.
-pub(super) fn linker(engine: &wasmtime::Engine, powers: &Powers) -> wasmtime::Result<Linker<State>> {
+fn linker(engine: &wasmtime::Engine, powers: &Powers) -> wasmtime::Result<Linker<State>> {
     let mut linker = Linker::new(engine);
     types::add_to_linker::<State, HasSelf<State>>(&mut linker, State::called)?;
     delivery::add_to_linker::<State, HasSelf<State>>(&mut linker, State::called)?;
@@ -357,6 +507,9 @@ pub(super) fn linker(engine: &wasmtime::Engine, powers: &Powers) -> wasmtime::Re
     }
     if powers.wasi {
         wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
+    }
+    if powers.wasi_3 {
+        wasmtime_wasi::p3::add_to_linker(&mut linker)?;
     }
     Ok(linker)
 }

@@ -1,36 +1,79 @@
-//! One attempt: a fresh instance, a call within its limits, and what came of it.
+//! One call of a guest within its limits, with an event or with a batch of them, and what came of it.
 //!
-//! An instance serves one event and is dropped with its store, whatever happened. Time is watched twice: the epoch
-//! interrupts a guest that computes, and a timer ends one that waits in a host call.
+//! An instance serves one call and is dropped with its store. Where the plugin asks for it, it is kept and serves more
+//! events one after the other, unless a call ended in any other way than by the handler's own return. Time is watched
+//! twice: the epoch interrupts a guest that computes, and a timer ends one that waits in a host call.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::{OnceCell, OwnedSemaphorePermit};
+use wasmtime::component::InstancePre;
 use wasmtime::{PoolConcurrencyLimitError, Store, Trap, UpdateDeadline, WasmBacktrace};
 use wasmtime_wasi::I32Exit;
 
-use super::bindings::PluginPre;
 use super::bindings::tidegate::plugin::types;
 use super::convert;
 use super::engine::{Engine, TICK};
-use super::imports::{State, Stop, Terms};
-use super::limits::bytes;
+use super::exports::{Answer, Bound, Export, Exports};
+use super::imports::{State, Stop, Terms, link};
+use super::limits::{Limits, bytes};
+use super::slots::Idle;
 use crate::delivery::{Fault, Trace, Verdict};
-use crate::handler::{Call, Effects, Outcome};
+use crate::error::Result;
+use crate::event::{Event, EventType, Payload, Source};
+use crate::handler::{Call, Effects, KvRead, Outcome};
 
 /// How much later than the epoch the timer fires: the epoch knows where the guest was, the timer does not.
 const GRACE: Duration = TICK.saturating_mul(5);
 
+/// How long a self-check may take once it has an instance. A plugin's own timeout may be shorter.
+const SELF_CHECK: Duration = Duration::from_secs(5);
+
+/// The share of an instance's memory that the payloads of a batch may take: they are copied into it, and parsed.
+const PAYLOAD_SHARE: usize = 4;
+
 /// A linked component with the terms that it runs under.
 pub(super) struct Prepared {
-    pub(super) pre: PluginPre<State>,
     pub(super) terms: Arc<Terms>,
+    linked: Linked,
+    /// The same for instances that found the pool full.
+    outside: OnceCell<Linked>,
+    /// The instances that wait for another event, where they are used again.
+    idle: Option<Arc<Idle<Instance>>>,
+}
+
+/// A component of which instances can be made.
+pub(super) struct Linked {
+    pub(super) pre: InstancePre<State>,
+    pub(super) exports: Exports,
+}
+
+/// Why a version may not serve.
+pub(super) enum Unstarted {
+    /// In words.
+    Failed(String),
+    /// What the engine says about an export of another type than the one that we call.
+    Unfit(wasmtime::Error),
+}
+
+/// An instance, its store and the slot that it takes.
+struct Instance {
+    store: Store<State>,
+    /// `None` until it is instantiated, which happens within the first call's limits.
+    bound: Option<Bound>,
+    /// The events that it has served.
+    served: u32,
+    /// After the store: the slot is free when the instance is gone.
+    _slot: OwnedSemaphorePermit,
 }
 
 /// How a call ended, before anybody judged it.
 enum End {
-    /// The handler returned.
-    Returned(Result<Option<types::Reply>, types::Failure>),
+    /// The guest returned.
+    Returned(Vec<Answer>),
     /// It could not begin.
     NotBegun(wasmtime::Error),
     /// It was ended while it ran.
@@ -40,73 +83,201 @@ enum End {
 }
 
 impl Prepared {
+    /// A component whose instances are used as the terms say.
+    pub(super) fn new(engine: &Engine, linked: Linked, terms: Terms) -> Self {
+        let idle = (terms.reuse > 1).then(|| Idle::new(engine.slots()));
+        Self { terms: Arc::new(terms), linked, outside: OnceCell::new(), idle }
+    }
+
     /// Makes one attempt, within the shorter of the call's timeout and the plugin's own.
-    pub(super) async fn attempt(&self, engine: &Engine, call: Call) -> Outcome {
+    pub(super) async fn attempt(&self, engine: &Arc<Engine>, call: Call) -> Outcome {
         let allowed = call.timeout.min(self.terms.limits.timeout);
-        let began = Instant::now();
-        let Ok(slot) = tokio::time::timeout(allowed, engine.slots().acquire()).await else {
-            let words = format!("no instance became free within {allowed:?}: raise host.instances");
-            let trace = Trace { digest: Some(Arc::clone(&self.terms.digest)), ..Trace::default() };
-            return Outcome { trace, ..Outcome::failed(Verdict::HostFault, Fault::new("host-busy", words)) };
-        };
-        let event = convert::guest_event(&call.event);
-        let mut store = self.store(engine, call, began.checked_add(allowed).unwrap_or(began));
-        let left = allowed.saturating_sub(began.elapsed());
-        let end = match tokio::time::timeout(left.saturating_add(GRACE), self.call(&mut store, &event)).await {
-            Ok(end) => end,
-            Err(_) => End::Waiting,
-        };
-        let outcome = self.outcome(end, allowed, store);
-        // Not before the store is gone, and the instance with it.
-        drop(slot);
-        outcome
+        let events = [Arc::clone(&call.event)];
+        let ended = self.within(engine, Export::Handle, &events, [call], allowed).await;
+        ended.map_or_else(|outcome| *outcome, only)
     }
 
-    /// A store with all limits armed.
-    fn store(&self, engine: &Engine, call: Call, deadline: Instant) -> Store<State> {
-        let mut store = Store::new(engine.wasmtime(), State::new(&self.terms, call, deadline));
-        store.limiter(|state| &mut state.meter);
-        store.set_epoch_deadline(1);
-        store.epoch_deadline_callback(move |store| {
-            let may_go_on = Instant::now() < deadline && !store.data().called_too_often();
-            Ok(if may_go_on { UpdateDeadline::Yield(1) } else { UpdateDeadline::Interrupt })
-        });
-        if let Err(error) = store.set_fuel(self.terms.limits.fuel) {
-            tracing::error!(error = format!("{error:#}"), "fuel is not measured");
+    /// Makes one attempt for each of these calls, all in one call of the guest.
+    ///
+    /// # Errors
+    /// How the call of the guest ended, when it ended without a verdict for each event.
+    pub(super) async fn batch(&self, engine: &Arc<Engine>, calls: Vec<Call>) -> Result<Vec<Outcome>, Box<Outcome>> {
+        let timeouts = calls.iter().map(|call| call.timeout);
+        let allowed = timeouts.fold(self.terms.limits.timeout, Duration::min);
+        let events: Vec<Arc<Event>> = calls.iter().map(|call| Arc::clone(&call.event)).collect();
+        self.within(engine, Export::HandleBatch, &events, calls, allowed).await
+    }
+
+    /// Whether a batch may be tried: no more events than agreed, and payloads that leave the guest room to work.
+    pub(super) fn takes(&self, calls: &[Call]) -> bool {
+        let payloads = calls.iter().map(|call| call.event.payload.bytes().len()).fold(0, usize::saturating_add);
+        let room = bytes(self.terms.limits.memory).checked_div(PAYLOAD_SHARE).unwrap_or_default();
+        calls.len() <= self.terms.max_batch && payloads <= room
+    }
+
+    /// Instantiates the component once and lets it check itself, where it can. Only then is it known whether its exports
+    /// have the types that we call, and whether it fails before it is called at all. Waits for a slot as long as it takes:
+    /// a busy host is no reason to refuse a version.
+    ///
+    /// # Errors
+    /// [`Unstarted`].
+    pub(super) async fn self_check(&self, engine: &Arc<Engine>) -> Result<(), Unstarted> {
+        let failed = |error: &dyn std::error::Error| Unstarted::Failed(error.to_string());
+        let allowed = SELF_CHECK.min(self.terms.limits.timeout);
+        let slot = engine.slots().acquire().await.map_err(|error| failed(&error))?;
+        // It may publish nothing, and what it writes is dropped with its outcome.
+        let limits = Limits { published_events: 0, ..self.terms.limits.clone() };
+        let terms = Arc::new(Terms { limits, ..Terms::clone(&self.terms) });
+        let mut instance = Instance::new(&self.linked, &terms, slot);
+        let call = introduction(&terms.name, allowed).map_err(|error| failed(&error))?;
+        instance.begin([call], Instant::now().checked_add(allowed), self.fuel(1));
+        match self.run(engine, &mut instance, Export::SelfCheck, &[], allowed).await {
+            End::NotBegun(error) => Err(self.unstarted(error, instance.store.data().meter.has_refused())),
+            End::Waiting if instance.bound.is_none() => {
+                Err(Unstarted::Failed(format!("takes longer than {allowed:?} to start")))
+            }
+            end => {
+                let outcome = self.judge(end, &mut instance, 1, allowed).map_or_else(|outcome| *outcome, only);
+                let failed = |fault| Err(Unstarted::Failed(format!("its self-check failed: {fault}")));
+                outcome.fault.map_or(Ok(()), failed)
+            }
         }
-        store
     }
 
-    async fn call(&self, store: &mut Store<State>, event: &types::Event) -> End {
-        let plugin = match self.pre.instantiate_async(&mut *store).await {
-            Ok(plugin) => plugin,
-            Err(error) => return End::NotBegun(error),
-        };
-        match plugin.tidegate_plugin_handler().call_handle(store, event).await {
-            Ok(answer) => End::Returned(answer),
-            Err(error) => End::Stopped(error),
+    fn unstarted(&self, error: wasmtime::Error, has_refused_memory: bool) -> Unstarted {
+        if has_refused_memory {
+            let limit = self.terms.limits.memory;
+            return Unstarted::Failed(format!("needs more than its memory of {limit} to start: raise limits.memory"));
+        }
+        let is_of_guest =
+            error.is::<Trap>() || error.is::<WasmBacktrace>() || error.is::<I32Exit>() || error.is::<Stop>();
+        match is_of_guest || error.is::<PoolConcurrencyLimitError>() {
+            true => Unstarted::Failed(format!("fails as it starts, before it is called: {}", error.root_cause())),
+            false => Unstarted::Unfit(error),
         }
     }
 
-    fn outcome(&self, end: End, allowed: Duration, store: Store<State>) -> Outcome {
-        let fuel = self.terms.limits.fuel.saturating_sub(store.get_fuel().unwrap_or_default());
-        let state = store.into_data();
-        let backtrace = match &end {
-            End::NotBegun(error) | End::Stopped(error) => frames(error),
-            End::Returned(_) | End::Waiting => Vec::new(),
+    /// Whether instances that have served are kept: not those of a version that has been replaced.
+    pub(super) fn keep_instances(&self, keep: bool) {
+        match &self.idle {
+            Some(idle) if keep => idle.open(),
+            Some(idle) => idle.close(),
+            None => {}
+        }
+    }
+
+    /// Makes one call of the guest, in an instance that is idle or a fresh one.
+    async fn within(
+        &self,
+        engine: &Arc<Engine>,
+        export: Export,
+        events: &[Arc<Event>],
+        calls: impl IntoIterator<Item = Call>,
+        allowed: Duration,
+    ) -> Result<Vec<Outcome>, Box<Outcome>> {
+        let deadline = Instant::now().checked_add(allowed);
+        let mut instance = match self.idle.as_ref().and_then(|idle| idle.take()) {
+            Some(instance) => instance,
+            None => match tokio::time::timeout(allowed, engine.slots().acquire()).await {
+                Ok(Ok(slot)) => Instance::new(&self.linked, &self.terms, slot),
+                _ => return Err(Box::new(self.busy(allowed))),
+            },
         };
-        let trace = Trace {
+        instance.begin(calls, deadline, self.fuel(events.len()));
+        let end = self.run(engine, &mut instance, export, events, allowed).await;
+        let may_go_on = matches!(&end, End::Returned(answers) if answers.len() == events.len())
+            && instance.store.data().is_within_limits();
+        let ended = self.judge(end, &mut instance, events.len(), allowed);
+        if let Some(idle) = &self.idle
+            && may_go_on
+            && instance.served < self.terms.reuse
+        {
+            idle.put(instance);
+        }
+        ended
+    }
+
+    /// Calls an export of an instance whose limits are armed, in the pool, or beside it where that is full.
+    async fn run(
+        &self,
+        engine: &Arc<Engine>,
+        instance: &mut Instance,
+        export: Export,
+        events: &[Arc<Event>],
+        allowed: Duration,
+    ) -> End {
+        let deadline = instance.store.data().deadline();
+        instance.served = instance.served.saturating_add(u32::try_from(events.len()).unwrap_or(u32::MAX));
+        let end = until(deadline, allowed, call_in(&self.linked, instance, export, events)).await;
+        if !is_pool_full(&end) {
+            return end;
+        }
+        let Some(outside) = self.outside_the_pool(engine).await else { return end };
+        instance.move_to(outside, self.fuel(events.len()));
+        until(deadline, allowed, call_in(outside, instance, export, events)).await
+    }
+
+    /// What runs on an engine without a pool, made at the first need of it.
+    async fn outside_the_pool(&self, engine: &Arc<Engine>) -> Option<&Linked> {
+        let make = async || -> wasmtime::Result<Linked> {
+            tracing::info!(plugin = %self.terms.name, "the pool is full, instances are allocated beside it");
+            let component = engine.outside_the_pool(self.linked.pre.component()).await?;
+            let pre = link(&component, &self.terms.powers)?;
+            Ok(Linked { exports: self.linked.exports.again(&pre)?, pre })
+        };
+        let made = self.outside.get_or_try_init(make).await;
+        made.inspect_err(|error| tracing::error!(error = format!("{error:#}"), "no instance beside the pool")).ok()
+    }
+
+    fn busy(&self, allowed: Duration) -> Outcome {
+        let words = format!("no instance became free within {allowed:?}: raise host.instances");
+        let trace = Trace { digest: Some(Arc::clone(&self.terms.digest)), ..Trace::default() };
+        Outcome { trace, ..Outcome::failed(Verdict::HostFault, Fault::new("host-busy", words)) }
+    }
+
+    /// The fuel of a call with this many events.
+    fn fuel(&self, events: usize) -> u64 {
+        self.terms.limits.fuel.saturating_mul(u64::try_from(events.max(1)).unwrap_or(u64::MAX))
+    }
+
+    /// What came of a call with `count` events, one outcome for each.
+    ///
+    /// # Errors
+    /// One outcome for all of them, when the guest gave no verdict for each.
+    fn judge(
+        &self,
+        end: End,
+        instance: &mut Instance,
+        count: usize,
+        allowed: Duration,
+    ) -> Result<Vec<Outcome>, Box<Outcome>> {
+        let used = self.fuel(count).saturating_sub(instance.store.get_fuel().unwrap_or_default());
+        let shares = u64::try_from(count.max(1)).unwrap_or(u64::MAX);
+        let state = instance.store.data_mut();
+        let (refused, is_crowded) = (state.meter.has_refused(), state.is_crowded());
+        let called_too_often = state.called_too_often();
+        let mut trace = Trace {
             digest: Some(Arc::clone(&self.terms.digest)),
-            fuel: Some(fuel),
+            fuel: used.checked_div(shares),
             peak_memory: u64::try_from(state.meter.peak_memory()).ok(),
-            log: state.log.finish(),
-            backtrace,
+            log: Vec::new(),
+            backtrace: match &end {
+                End::NotBegun(error) | End::Stopped(error) => frames(error),
+                End::Returned(_) | End::Waiting => Vec::new(),
+            },
         };
-        let refused = state.meter.has_refused();
-        let outcome = match end {
+        let turns = state.end();
+        let without_verdicts = match end {
             // One that returned between two ticks has done too much all the same.
-            End::Returned(_) | End::Stopped(_) if state.called_too_often() => self.called_too_often(),
-            End::Returned(answer) => self.answered(answer, state.effects),
+            End::Returned(_) | End::Stopped(_) if called_too_often => self.called_too_often(),
+            End::Returned(answers) if answers.len() == count && !is_crowded => {
+                let outcomes = answers.into_iter().zip(turns).map(|(answer, turn)| {
+                    let (effects, log) = turn.finish();
+                    Outcome { trace: Trace { log, ..trace.clone() }, ..self.answered(answer, effects) }
+                });
+                return Ok(outcomes.collect());
+            }
+            End::Returned(answers) => undecided(answers.len(), count),
             End::Waiting => timed_out(allowed),
             End::Stopped(error) => self.stopped(&error, refused, allowed),
             End::NotBegun(error) if is_ours(&error) && !refused => {
@@ -114,7 +285,8 @@ impl Prepared {
             }
             End::NotBegun(error) => self.stopped(&error, refused, allowed),
         };
-        Outcome { trace, ..outcome }
+        trace.log = turns.flat_map(|turn| turn.finish().1).collect();
+        Err(Box::new(Outcome { trace, ..without_verdicts }))
     }
 
     fn called_too_often(&self) -> Outcome {
@@ -170,6 +342,112 @@ impl Prepared {
             None => failed(Verdict::Trap, format!("{:#}", error.root_cause())),
         }
     }
+}
+
+impl Instance {
+    /// An instance to be, with all limits but those of a call.
+    fn new(linked: &Linked, terms: &Arc<Terms>, slot: OwnedSemaphorePermit) -> Self {
+        Self { store: store(linked, State::new(terms)), bound: None, served: 0, _slot: slot }
+    }
+
+    /// Begins one attempt for each call, with all limits armed.
+    fn begin(&mut self, calls: impl IntoIterator<Item = Call>, deadline: Option<Instant>, fuel: u64) {
+        self.store.data_mut().begin(calls, deadline);
+        self.arm(fuel);
+    }
+
+    /// Begins the same attempts again, where an instance can be made.
+    fn move_to(&mut self, linked: &Linked, fuel: u64) {
+        self.store = store(linked, self.store.data_mut().again());
+        self.arm(fuel);
+    }
+
+    fn arm(&mut self, fuel: u64) {
+        self.store.set_epoch_deadline(1);
+        if let Err(error) = self.store.set_fuel(fuel) {
+            tracing::error!(error = format!("{error:#}"), "fuel is not measured");
+        }
+    }
+}
+
+fn store(linked: &Linked, state: State) -> Store<State> {
+    let mut store = Store::new(linked.pre.engine(), state);
+    store.limiter(|state| &mut state.meter);
+    store.epoch_deadline_callback(|store| {
+        let state = store.data();
+        let is_time_left = state.deadline().is_some_and(|deadline| Instant::now() < deadline);
+        let may_go_on = is_time_left && !state.called_too_often();
+        Ok(if may_go_on { UpdateDeadline::Yield(1) } else { UpdateDeadline::Interrupt })
+    });
+    store
+}
+
+/// Calls an export of an instance, which is made first where it is not there yet.
+async fn call_in(linked: &Linked, instance: &mut Instance, export: Export, events: &[Arc<Event>]) -> End {
+    let Instance { store, bound, .. } = instance;
+    let bound = match bound {
+        Some(bound) => bound,
+        None => match instantiate(linked, store).await {
+            Ok(fresh) => bound.insert(fresh),
+            Err(error) => return End::NotBegun(error),
+        },
+    };
+    match bound.call(export, store, events).await {
+        Ok(answers) => End::Returned(answers),
+        Err(error) => End::Stopped(error),
+    }
+}
+
+async fn instantiate(linked: &Linked, store: &mut Store<State>) -> wasmtime::Result<Bound> {
+    let instance = linked.pre.instantiate_async(&mut *store).await?;
+    linked.exports.bind(store, &instance)
+}
+
+/// Waits for the call, and a little longer than until `deadline`.
+async fn until(deadline: Option<Instant>, allowed: Duration, call: impl Future<Output = End>) -> End {
+    let left = deadline.map_or(allowed, |deadline| deadline.saturating_duration_since(Instant::now()));
+    tokio::time::timeout(left.saturating_add(GRACE), call).await.unwrap_or(End::Waiting)
+}
+
+fn is_pool_full(end: &End) -> bool {
+    matches!(end, End::NotBegun(error) if error.is::<PoolConcurrencyLimitError>())
+}
+
+/// The call of a self-check: there is no event, and what asks about it is told of one that says so.
+fn introduction(plugin: &Arc<str>, allowed: Duration) -> Result<Call> {
+    let event = Event::new(Source::Internal, EventType::parse("tidegate.plugins.check")?, Payload::json(&**plugin)?);
+    Ok(Call {
+        event: Arc::new(event),
+        subscription: "self-check".into(),
+        attempt: 1,
+        max_attempts: 1,
+        timeout: allowed,
+        is_replay: false,
+        kv: Arc::new(Nothing),
+    })
+}
+
+/// A store in which nothing was ever kept.
+struct Nothing;
+
+#[async_trait]
+impl KvRead for Nothing {
+    async fn get(&self, _bucket: &str, _key: &str) -> Result<Option<Bytes>> {
+        Ok(None)
+    }
+}
+
+/// The outcome of a call with one event.
+fn only(mut outcomes: Vec<Outcome>) -> Outcome {
+    outcomes.pop().unwrap_or_else(|| undecided(0, 1))
+}
+
+fn undecided(answers: usize, count: usize) -> Outcome {
+    let words = match answers == count {
+        true => "publishes and writes more than the events of one call may together".to_owned(),
+        false => format!("gave {answers} answers to {count} events"),
+    };
+    Outcome::failed(Verdict::HostFault, Fault::new("undecided", format!("the handler {words}")))
 }
 
 /// Whether an instance is missing for reasons that are not the guest's.

@@ -147,6 +147,11 @@ impl Meter {
         Self { limit, memory: 0, tables: 0, peak_memory: 0, last: 0, refused: false }
     }
 
+    /// Begins to count for another call. What the instance holds it goes on holding.
+    pub(super) fn restart(&mut self) {
+        (self.peak_memory, self.refused) = (0, false);
+    }
+
     /// The most linear memory held at once, in bytes.
     pub(super) fn peak_memory(&self) -> usize {
         self.peak_memory.max(self.memory)

@@ -7,6 +7,7 @@ use std::mem;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::delivery::LogLine;
+use crate::event::EventId;
 use crate::handler::Call;
 
 /// Levels as guests number them.
@@ -20,21 +21,22 @@ const LINE: usize = 16;
 /// A line without an end is cut here.
 const MAX_LINE: usize = 8 << 10;
 
-/// The log of one attempt. A clone shares it.
-#[derive(Clone)]
+/// Where an instance logs to: the tail of the event that it is busy with, if any. A clone shares it.
+#[derive(Clone, Default)]
 pub(super) struct Log {
-    tail: Arc<Mutex<Tail>>,
+    tail: Arc<Mutex<Option<Tail>>>,
 }
 
 /// Whose log it is, for the host's own.
 struct Owner {
     plugin: Arc<str>,
-    event: String,
+    event: EventId,
     subscription: Arc<str>,
     attempt: u32,
 }
 
-struct Tail {
+/// The log of one attempt.
+pub(super) struct Tail {
     owner: Owner,
     limit: usize,
     lines: VecDeque<LogLine>,
@@ -46,40 +48,43 @@ struct Tail {
 }
 
 impl Log {
-    /// An empty log of `call`, of which `limit` bytes are kept.
-    pub(super) fn new(plugin: &Arc<str>, call: &Call, limit: usize) -> Self {
-        let owner = Owner {
-            plugin: Arc::clone(plugin),
-            event: call.event.id.to_string(),
-            subscription: Arc::clone(&call.subscription),
-            attempt: call.attempt,
-        };
-        let open = [(INFO, Vec::new()), (WARN, Vec::new())];
-        let tail = Tail { owner, limit, lines: VecDeque::new(), kept: 0, cut: 0, seen: 0, open };
-        Self { tail: Arc::new(Mutex::new(tail)) }
+    /// From here on lines go to `tail`; gives back where they went before.
+    pub(super) fn exchange(&self, tail: Option<Tail>) -> Option<Tail> {
+        mem::replace(&mut *self.lock(), tail)
     }
 
     /// Adds a line.
     pub(super) fn add(&self, line: LogLine) {
-        self.lock().add(line);
+        if let Some(tail) = &mut *self.lock() {
+            tail.add(line);
+        }
     }
 
     /// Adds what was written to the stream whose lines have this level; each full line becomes one.
     pub(super) fn write(&self, level: u8, bytes: &[u8]) {
-        self.lock().write(level, bytes);
+        if let Some(tail) = &mut *self.lock() {
+            tail.write(level, bytes);
+        }
     }
 
-    /// The end of the log, and a first line that says so where earlier ones were cut.
-    pub(super) fn finish(&self) -> Vec<LogLine> {
-        self.lock().finish()
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Tail> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Tail>> {
         self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Tail {
+    /// An empty log of `call`, of which `limit` bytes are kept.
+    pub(super) fn new(plugin: &Arc<str>, call: &Call, limit: usize) -> Self {
+        let owner = Owner {
+            plugin: Arc::clone(plugin),
+            event: call.event.id.clone(),
+            subscription: Arc::clone(&call.subscription),
+            attempt: call.attempt,
+        };
+        let open = [(INFO, Vec::new()), (WARN, Vec::new())];
+        Self { owner, limit, lines: VecDeque::new(), kept: 0, cut: 0, seen: 0, open }
+    }
+
     fn add(&mut self, mut line: LogLine) {
         shorten(&mut line, self.limit);
         if disarm(&mut line) {
@@ -107,7 +112,8 @@ impl Tail {
         }
     }
 
-    fn finish(&mut self) -> Vec<LogLine> {
+    /// The end of the log, and a first line that says so where earlier ones were cut.
+    pub(super) fn finish(&mut self) -> Vec<LogLine> {
         for (level, text) in mem::take(&mut self.open) {
             if !text.is_empty() {
                 self.add(plain(level, &text));
@@ -197,7 +203,13 @@ mod tests {
     use crate::host::tests::call;
 
     fn log(limit: usize) -> Log {
-        Log::new(&"faults".into(), &call("null"), limit)
+        let log = Log::default();
+        assert!(log.exchange(Some(Tail::new(&"faults".into(), &call("null"), limit))).is_none());
+        log
+    }
+
+    fn lines(log: &Log) -> Vec<LogLine> {
+        log.exchange(None).unwrap().finish()
     }
 
     fn line(message: &str) -> LogLine {
@@ -205,7 +217,7 @@ mod tests {
     }
 
     fn messages(log: &Log) -> Vec<String> {
-        log.finish().into_iter().map(|line| line.message).collect()
+        lines(log).into_iter().map(|line| line.message).collect()
     }
 
     #[test]
@@ -220,7 +232,7 @@ mod tests {
     fn the_end_of_a_long_log_is_kept_and_the_cut_is_marked() {
         let log = log(4 * (LINE + 2));
         (10..30).for_each(|n| log.add(line(&n.to_string())));
-        let lines = log.finish();
+        let lines = lines(&log);
         assert_eq!(lines[0].fields, [("cut_lines".to_owned(), "16".to_owned())]);
         assert_eq!(lines.iter().skip(1).map(|line| &*line.message).collect::<Vec<_>>(), ["26", "27", "28", "29"]);
     }
@@ -229,7 +241,7 @@ mod tests {
     fn a_line_that_is_too_long_is_cut_with_a_mark() {
         let log = log(100);
         log.add(LogLine { fields: vec![("big".to_owned(), "f".repeat(200))], ..line(&"é".repeat(200)) });
-        let lines = log.finish();
+        let lines = lines(&log);
         assert_eq!(lines.len(), 1, "{lines:?}");
         assert!(lines[0].message.ends_with("é…") && lines[0].message.len() <= 100 - LINE, "{lines:?}");
         assert!(lines[0].fields.is_empty());
@@ -241,7 +253,7 @@ mod tests {
         log.write(INFO, b"hel");
         log.write(WARN, b"careful\nopen");
         log.write(INFO, b"lo\n\nend");
-        let lines: Vec<_> = log.finish().into_iter().map(|line| (line.level, line.message)).collect();
+        let lines: Vec<_> = lines(&log).into_iter().map(|line| (line.level, line.message)).collect();
         let expected = [(WARN, "careful"), (INFO, "hello"), (INFO, ""), (INFO, "end"), (WARN, "open")]
             .map(|(l, m)| (l, m.to_owned()));
         assert_eq!(lines, expected);
@@ -249,14 +261,14 @@ mod tests {
 
     #[test]
     fn what_would_steer_a_terminal_is_written_out() {
-        let log = log(1000);
+        let (log, long) = (log(1000), log(1000));
         let fields = vec![("a\u{7}".to_owned(), "\u{202e}b".to_owned())];
         log.add(LogLine { fields, ..line("\u{1b}[2J\u{9b}2J\rover\tand\nout") });
-        let lines = log.finish();
+        let lines = lines(&log);
         assert_eq!(lines[0].message, "\\u{1b}[2J\\u{9b}2J\\u{d}over\tand\nout");
         assert_eq!(lines[0].fields, [("a\\u{7}".to_owned(), "\\u{202e}b".to_owned())]);
-        log.add(line(&"\u{1b}".repeat(900)));
-        assert!(log.finish()[0].message.len() <= 1000, "also where that makes it longer");
+        long.add(line(&"\u{1b}".repeat(900)));
+        assert!(messages(&long)[0].len() <= 1000, "also where that makes it longer");
     }
 
     /// A place that the host's log is written to.
@@ -304,6 +316,6 @@ mod tests {
     fn a_line_without_an_end_does_not_grow_for_ever() {
         let log = log(1 << 20);
         (0..100).for_each(|_| log.write(INFO, &[b'x'; 1000]));
-        assert!(log.finish().iter().all(|line| line.message.len() < MAX_LINE + 1000));
+        assert!(lines(&log).iter().all(|line| line.message.len() < MAX_LINE + 1000));
     }
 }

@@ -43,6 +43,12 @@ pub struct Manifest {
     /// Where it differs from the server's limits.
     #[serde(default)]
     pub limits: Limits,
+    /// How many events an instance may serve, one after the other; absent for a fresh instance per event.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reuse: Option<NonZeroU32>,
+    /// How many events it takes at once.
+    #[serde(default)]
+    pub batch: Batch,
     /// What it asks the operator for.
     #[serde(default)]
     pub capabilities: Capabilities,
@@ -66,6 +72,15 @@ pub struct Subscribe {
     /// Where in the log it begins when it is new.
     #[serde(default)]
     pub start: Start,
+}
+
+/// The `[batch]` table: how many events one call may have. For plugins that export a handler of batches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Batch {
+    /// The most events of one call, 1 to 1024; 1 for none but single ones. Absent means 64.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "batch_size")]
+    pub max: Option<NonZeroU32>,
 }
 
 /// The `[limits]` table: what one attempt may use. Absent means the server's default.
@@ -335,6 +350,17 @@ fn count<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::E
     }
 }
 
+/// The largest batch that can be asked for: what it holds is in memory at once, and it shares one timeout.
+const MAX_BATCH: u32 = 1024;
+
+fn batch_size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<NonZeroU32>, D::Error> {
+    let max = u32::deserialize(deserializer)?;
+    match NonZeroU32::new(max).filter(|_| max <= MAX_BATCH) {
+        Some(max) => Ok(Some(max)),
+        None => Err(D::Error::custom(format!("batch.max = {max} must be from 1 to {MAX_BATCH}"))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -346,6 +372,7 @@ mod tests {
         let text = r#"
             name = "order-totals"
             version = "1.2.0-beta.1"
+            reuse = 100
             description = "Totals"
             [[subscribe]]
             pattern = "shop.orders.create"
@@ -374,6 +401,8 @@ mod tests {
             kv_bytes = "64KiB"
             host_calls = 500
             log = 4096
+            [batch]
+            max = 32
             [capabilities]
             kv = ["totals"]
             events = ["shop.totals.*"]
@@ -381,6 +410,7 @@ mod tests {
             http = ["https://API.example.com", "http://[::1]:8080"]
         "#;
         let manifest = Manifest::parse(text).unwrap();
+        assert_eq!((manifest.reuse, manifest.batch.max), (NonZeroU32::new(100), NonZeroU32::new(32)));
         assert_eq!(manifest.limits.memory, Some(64 * 1024 * 1024));
         assert_eq!(manifest.limits.log, Some(4096));
         assert_eq!((manifest.limits.kv_operations, manifest.limits.host_calls), (Some(10), Some(500)));
@@ -431,6 +461,9 @@ mod tests {
             ("[limits]\nreply = 0", "line 4: a size of 0"),
             ("[limits]\nfuel = 0", "line 4: a limit of 0 leaves nothing: give it some, or leave it out in `fuel = 0`"),
             ("[limits]\nhost_calls = 0", "line 4: a limit of 0"),
+            ("reuse = 0", "line 3: invalid value: integer `0`"),
+            ("[batch]\nmax = 0", "line 4: batch.max = 0 must be from 1 to 1024"),
+            ("[batch]\nmax = 1025", "line 4: batch.max = 1025 must be from 1 to 1024"),
             ("[limits]\ntimeout = \"0s\"", "plugin.toml: limits.timeout"),
             ("[capabilities]\nkv = [\"Totals\"]", "line 4: kv bucket \"Totals\" must be 1–64"),
             ("[capabilities]\nconfig = [\"\"]", "line 4: config key \"\" must be 1–64"),

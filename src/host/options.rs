@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
+use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
+use super::cache::Folder;
 use super::limits::{Limits, bytes};
-use super::manifest::{Capabilities, Limits as Choices};
+use super::manifest::{Batch, Capabilities, Limits as Choices};
 use crate::error::{Error, Result};
 use crate::event::MAX_PAYLOAD;
 
@@ -18,9 +20,13 @@ pub struct Options {
     /// The folder whose `*.wasm` files are the plugins; `None` for no plugins.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub directory: Option<PathBuf>,
-    /// A private folder for compiled code; `None` to compile at every start.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cache: Option<PathBuf>,
+    /// Where compiled code is kept.
+    pub cache: CodeCache,
+    /// The folder that [`CodeCache::Auto`] stands for, which whoever reads the environment puts here; `None` for none.
+    #[serde(skip)]
+    pub user_cache: Option<PathBuf>,
+    /// The largest component that is read, in bytes, so that no file in the folder can fill the memory.
+    pub max_component: ByteSize,
     /// Attempts at once, over all plugins; one more waits for an instance within its own timeout.
     pub instances: NonZeroU32,
     /// What an attempt may use, unless the plugin's section says otherwise.
@@ -34,6 +40,9 @@ pub struct Options {
     pub plugins: BTreeMap<String, PluginOptions>,
 }
 
+/// The default of [`Options::max_component`]: a guest that brings a whole Python has 40 MiB.
+const MAX_COMPONENT: ByteSize = ByteSize::mib(64);
+
 /// The default of [`Options::instances`]: more than the workers of any sensible broker.
 const INSTANCES: NonZeroU32 = NonZeroU32::MIN.saturating_add(255);
 
@@ -41,11 +50,49 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             directory: None,
-            cache: None,
+            cache: CodeCache::default(),
+            user_cache: None,
+            max_component: MAX_COMPONENT,
             instances: INSTANCES,
             limits: Limits::default(),
             max_payload: MAX_PAYLOAD,
             plugins: BTreeMap::new(),
+        }
+    }
+}
+
+/// Where compiled code is kept, so that a start need not compile. Written as `"auto"`, `"off"` or a path.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum CodeCache {
+    /// In the user's own cache folder, where there is one and it is private; otherwise nowhere.
+    #[default]
+    Auto,
+    /// Nowhere: everything is compiled at every start.
+    Off,
+    /// In this folder, which must be private, or not exist yet.
+    Folder(PathBuf),
+}
+
+impl TryFrom<String> for CodeCache {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> std::result::Result<Self, Self::Error> {
+        match text.as_str() {
+            "" => Err("must be \"auto\", \"off\" or a folder"),
+            "auto" => Ok(Self::Auto),
+            "off" => Ok(Self::Off),
+            _ => Ok(Self::Folder(text.into())),
+        }
+    }
+}
+
+impl From<CodeCache> for String {
+    fn from(cache: CodeCache) -> Self {
+        match cache {
+            CodeCache::Auto => "auto".to_owned(),
+            CodeCache::Off => "off".to_owned(),
+            CodeCache::Folder(folder) => folder.to_string_lossy().into_owned(),
         }
     }
 }
@@ -60,6 +107,11 @@ pub struct PluginOptions {
     pub config: BTreeMap<String, String>,
     /// In place of the server's limits. The plugin's own are obeyed where they are stricter.
     pub limits: Choices,
+    /// How many events its instances may serve at most, if it asks for more than one; 1 for a fresh instance per event.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reuse: Option<NonZeroU32>,
+    /// How many events one call may have at most, if it takes more than one; 1 for none but single ones.
+    pub batch: Batch,
 }
 
 impl Options {
@@ -86,9 +138,18 @@ impl Options {
         self.plugins.keys().try_for_each(|name| at(format!("plugins.{name}"), &self.limits_of(name)))
     }
 
+    /// The folder for compiled code, if there is to be one.
+    pub(super) fn cache_folder(&self) -> Option<Folder> {
+        match &self.cache {
+            CodeCache::Auto => self.user_cache.clone().map(|path| Folder { path, required: false }),
+            CodeCache::Off => None,
+            CodeCache::Folder(path) => Some(Folder { path: path.clone(), required: true }),
+        }
+    }
+
     /// The most memory that any plugin is allowed, in bytes.
     pub(super) fn max_memory(&self) -> usize {
-        let own = self.plugins.values().filter_map(|plugin| plugin.limits.memory.map(bytesize::ByteSize));
+        let own = self.plugins.values().filter_map(|plugin| plugin.limits.memory.map(ByteSize));
         bytes(own.fold(self.limits.memory, Ord::max))
     }
 }
@@ -103,12 +164,27 @@ mod tests {
             ("directry = \"plugins\"", "directry"),
             ("[limits]\nmemry = \"1MiB\"", "memry"),
             ("instances = 0", "nonzero"),
+            ("cache = \"\"", "must be \"auto\", \"off\" or a folder"),
         ] {
             let error = toml::from_str::<Options>(text).unwrap_err().to_string();
             assert!(error.contains(word), "{error}");
         }
         let error = toml::from_str::<PluginOptions>("[grants]\nbuckets = []").unwrap_err().to_string();
         assert!(error.contains("buckets"), "{error}");
+    }
+
+    #[test]
+    fn only_a_folder_that_was_named_must_be_usable() {
+        let folder = |text: &str| {
+            let options: Options = toml::from_str(text).unwrap();
+            assert_eq!(toml::from_str::<Options>(&toml::to_string(&options).unwrap()).unwrap(), options, "{text}");
+            Options { user_cache: Some("/home/me/.cache/tidegate".into()), ..options }.cache_folder()
+        };
+        let user = Folder { path: "/home/me/.cache/tidegate".into(), required: false };
+        assert_eq!(folder(""), Some(user));
+        assert_eq!(folder("cache = \"off\""), None);
+        assert_eq!(folder("cache = \"./off\""), Some(Folder { path: "./off".into(), required: true }));
+        assert_eq!(Options::default().cache_folder(), None, "nobody has said where");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use async_trait::async_trait;
@@ -55,7 +56,8 @@ pub struct Plugin {
     manifest: Arc<Manifest>,
     interface: Interface,
     size: usize,
-    loaded_at: Timestamp,
+    /// Since when it is called by its name; until then, when it was loaded.
+    since: Timestamp,
     metrics: Option<PluginMetrics>,
 }
 
@@ -71,6 +73,20 @@ pub struct PluginStatus {
     pub refused: Option<Refusal>,
 }
 
+/// A plugin with what its active version says about itself.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PluginDetail {
+    /// As lists show it.
+    #[serde(flatten)]
+    pub status: PluginStatus,
+    /// The active version's manifest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub manifest: Option<Arc<Manifest>>,
+    /// What the active version imports and exports.
+    #[serde(flatten)]
+    pub interface: Option<Interface>,
+}
+
 /// A version as lists show it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct VersionStatus {
@@ -80,8 +96,8 @@ pub struct VersionStatus {
     pub digest: Arc<str>,
     /// The component's size in bytes.
     pub size: usize,
-    /// When it was loaded.
-    pub loaded_at: Timestamp,
+    /// Since when it serves.
+    pub active_since: Timestamp,
     /// What its attempts may use.
     pub limits: Limits,
 }
@@ -134,51 +150,64 @@ pub async fn check(options: &Options, origin: &str, bytes: Bytes) -> Result<Chec
     })
 }
 
+impl PluginStatus {
+    /// What identifies the active version.
+    pub(super) fn digest(&self) -> Option<Arc<str>> {
+        self.active.as_ref().map(|active| Arc::clone(&active.digest))
+    }
+}
+
 impl Host {
     /// Starts the engine. No plugin is loaded yet.
     ///
     /// # Errors
-    /// [`Error::Incompatible`] when guests cannot be run here, and [`Error::Invalid`] for a cache folder that is not private.
+    /// [`Error::Incompatible`] when guests cannot be run here, and [`Error::Invalid`] for a cache folder that
+    /// was asked for and is not private or not writable.
     pub fn new(options: Options, metrics: Option<Metrics>) -> Result<Self> {
-        let settings =
-            Settings { slots: options.instances.get(), max_memory: options.max_memory(), cache: options.cache.clone() };
+        let settings = Settings::new(options.instances.get(), options.max_memory(), options.cache_folder());
         let engine = Arc::new(Engine::new(&settings)?);
         let (slots, refused) = (Mutex::default(), Mutex::default());
         Ok(Self { inner: Arc::new(Inner { engine, options, metrics, slots, refused }) })
     }
 
-    /// Makes a candidate of a component: verified, compiled and linked, its requests granted. Nothing calls it yet.
+    /// Makes a candidate of a component: verified, compiled and linked, its requests granted, its
+    /// self-check passed. No event reaches it yet.
     ///
     /// # Errors
     /// [`Error::Plugin`] with what is wrong and what to do; `origin` stands for the name until that is known.
     pub async fn load(&self, origin: &str, bytes: Bytes) -> Result<Plugin> {
-        let candidate = self.candidate(bytes).await;
+        let candidate = self.candidate(digest(&bytes).into(), bytes).await;
         candidate
             .map_err(|Refused { plugin, reason }| Error::plugin(plugin.unwrap_or_else(|| file_name(origin)), reason))
     }
 
-    /// The same, for those who keep track of refusals themselves.
-    pub(super) async fn candidate(&self, bytes: Bytes) -> Result<Plugin, Refused> {
-        let Inner { engine, options, metrics, .. } = &*self.inner;
-        let (size, digest) = (bytes.len(), Arc::from(digest(&bytes)));
-        let Loaded { manifest, interface, prepared } = load(engine, options, Arc::clone(&digest), bytes).await?;
-        let metrics = metrics.as_ref().map(|metrics| metrics.of_plugin(&manifest.name, &digest));
-        let (engine, manifest, loaded_at) = (Arc::clone(engine), Arc::new(manifest), Timestamp::now());
-        Ok(Plugin { engine, prepared, manifest, interface, size, loaded_at, metrics })
+    /// The same, for those who keep track of refusals themselves, of bytes with this digest.
+    pub(super) async fn candidate(&self, digest: Arc<str>, bytes: Bytes) -> Result<Plugin, Refused> {
+        let Inner { engine, options, .. } = &*self.inner;
+        let size = bytes.len();
+        let Loaded { manifest, interface, prepared } = load(engine, options, digest, bytes).await?;
+        let (engine, manifest, since) = (Arc::clone(engine), Arc::new(manifest), Timestamp::now());
+        Ok(Plugin { engine, prepared, manifest, interface, size, since, metrics: None })
     }
 
     /// Puts a version in place of the one that its name had. Calls in progress finish on theirs.
-    pub fn activate(&self, plugin: Plugin) -> Arc<Plugin> {
+    pub fn activate(&self, mut plugin: Plugin) -> Arc<Plugin> {
+        plugin.metrics = self.inner.metrics.as_ref().map(|metrics| metrics.of_plugin(plugin.name(), plugin.digest()));
+        plugin.since = Timestamp::now();
         let plugin = Arc::new(plugin);
         let (name, version, digest) = (plugin.name(), &plugin.manifest.version, plugin.digest());
         tracing::info!(plugin = name, %version, %digest, "plugin version active");
-        self.slot(name).active.store(Some(Arc::clone(&plugin)));
+        plugin.prepared.keep_instances(true);
+        if let Some(before) = self.slot(name).active.swap(Some(Arc::clone(&plugin))) {
+            before.prepared.keep_instances(false);
+        }
         plugin
     }
 
     /// Leaves a name without a version. Calls in progress finish; later ones end as host faults.
     pub fn remove(&self, name: &str) {
-        if self.slot(name).active.swap(None).is_some() {
+        if let Some(before) = self.slot(name).active.swap(None) {
+            before.prepared.keep_instances(false);
             tracing::info!(plugin = name, "plugin removed");
         }
     }
@@ -193,6 +222,34 @@ impl Host {
     #[must_use]
     pub fn active(&self, name: &str) -> Option<Arc<Plugin>> {
         lock(&self.inner.slots).get(name).and_then(|slot| slot.active.load_full())
+    }
+
+    /// The version with this digest, if it is active.
+    pub(super) fn active_of(&self, digest: &str) -> Option<Arc<Plugin>> {
+        let slots = lock(&self.inner.slots);
+        slots.values().filter_map(|slot| slot.active.load_full()).find(|plugin| &**plugin.digest() == digest)
+    }
+
+    /// What the host was made with.
+    pub(super) fn options(&self) -> &Options {
+        &self.inner.options
+    }
+
+    /// The plugin of this name, as [`plugins`](Self::plugins) lists it.
+    #[must_use]
+    pub fn status(&self, name: &str) -> Option<PluginStatus> {
+        self.plugins().into_iter().find(|plugin| plugin.name == name)
+    }
+
+    /// The plugin of this name, with what its active version says about itself.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] for a name that neither a plugin nor a refused candidate has.
+    pub fn inspect(&self, name: &str) -> Result<PluginDetail> {
+        let status = self.status(name).ok_or_else(|| Error::not_found("plugin", name))?;
+        let active = self.active(name);
+        let manifest = active.as_ref().map(|active| Arc::clone(&active.manifest));
+        Ok(PluginDetail { status, manifest, interface: active.map(|active| active.interface.clone()) })
     }
 
     /// All plugins by name, those of refused candidates included.
@@ -214,11 +271,16 @@ impl Host {
         all
     }
 
-    /// Remembers and reports that a candidate was refused.
+    /// Remembers that a candidate was refused, and reports it once.
     pub(super) fn refuse(&self, refusal: Refusal) {
-        let Refusal { origin, error, .. } = &refusal;
-        tracing::warn!(origin, error, "plugin candidate refused");
-        lock(&self.inner.refused).insert(refusal.origin.clone(), refusal);
+        let mut refused = lock(&self.inner.refused);
+        let is_same = |known: &Refusal| known.digest == refusal.digest && known.error == refusal.error;
+        if refused.get(&refusal.origin).is_some_and(is_same) {
+            return;
+        }
+        let Refusal { origin, digest, error, .. } = &refusal;
+        tracing::warn!(origin, digest, error, "plugin candidate refused");
+        refused.insert(origin.clone(), refusal);
     }
 
     /// Forgets the refusal of what came from `origin`.
@@ -246,13 +308,21 @@ fn file_name(origin: &str) -> String {
 impl Handler for Slot {
     async fn handle(&self, call: Call) -> Outcome {
         match self.active.load_full() {
-            Some(plugin) => plugin.handle(call).await,
+            Some(plugin) => plugin.attempt(call).await,
             None => {
                 let words =
                     format!("plugin {} has no active version: put it back, or remove its subscription", self.name);
                 Outcome::failed(Verdict::HostFault, Fault::new("no-active-version", words))
             }
         }
+    }
+
+    fn max_batch(&self) -> usize {
+        self.active.load().as_ref().map_or(1, |plugin| plugin.max_batch())
+    }
+
+    async fn handle_batch(&self, calls: Vec<Call>) -> Option<Vec<Outcome>> {
+        self.active.load_full()?.attempts(calls).await
     }
 
     fn keeps_time(&self) -> bool {
@@ -263,12 +333,15 @@ impl Handler for Slot {
 #[async_trait]
 impl Handler for Plugin {
     async fn handle(&self, call: Call) -> Outcome {
-        let began = std::time::Instant::now();
-        let outcome = self.prepared.attempt(&self.engine, call).await;
-        if let Some(metrics) = &self.metrics {
-            metrics.attempt(outcome.verdict, began.elapsed().as_secs_f64(), outcome.trace.fuel);
-        }
-        outcome
+        self.attempt(call).await
+    }
+
+    fn max_batch(&self) -> usize {
+        self.prepared.terms.max_batch
+    }
+
+    async fn handle_batch(&self, calls: Vec<Call>) -> Option<Vec<Outcome>> {
+        self.attempts(calls).await
     }
 
     fn keeps_time(&self) -> bool {
@@ -301,12 +374,45 @@ impl Plugin {
         &self.prepared.terms.limits
     }
 
+    async fn attempt(&self, call: Call) -> Outcome {
+        let began = Instant::now();
+        let outcome = self.prepared.attempt(&self.engine, call).await;
+        self.count(&outcome, began.elapsed());
+        outcome
+    }
+
+    async fn attempts(&self, calls: Vec<Call>) -> Option<Vec<Outcome>> {
+        if !self.prepared.takes(&calls) {
+            return None;
+        }
+        let (events, began) = (calls.len(), Instant::now());
+        match self.prepared.batch(&self.engine, calls).await {
+            Ok(outcomes) => {
+                let share = began.elapsed().checked_div(u32::try_from(events).unwrap_or(u32::MAX)).unwrap_or_default();
+                outcomes.iter().for_each(|outcome| self.count(outcome, share));
+                Some(outcomes)
+            }
+            Err(ended) => {
+                let (plugin, digest, verdict) = (self.name(), self.digest(), ended.verdict);
+                let fault = ended.fault.map(|fault| fault.to_string());
+                tracing::warn!(plugin, %digest, events, %verdict, fault, "a batch ended without verdicts");
+                None
+            }
+        }
+    }
+
+    fn count(&self, outcome: &Outcome, took: Duration) {
+        if let Some(metrics) = &self.metrics {
+            metrics.attempt(outcome.verdict, took.as_secs_f64(), outcome.trace.fuel);
+        }
+    }
+
     fn status(&self) -> PluginStatus {
         let active = VersionStatus {
             version: self.manifest.version.clone(),
             digest: Arc::clone(self.digest()),
             size: self.size,
-            loaded_at: self.loaded_at,
+            active_since: self.since,
             limits: self.limits().clone(),
         };
         PluginStatus { name: self.manifest.name.clone(), active: Some(active), refused: None }

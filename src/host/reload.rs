@@ -1,31 +1,50 @@
 //! A folder of plugins: what is in it is served, and what changes in it is replaced.
 //!
-//! Notifications are hints without content. The truth is always read again from the folder, by digest, and what to do
-//! about a difference is a pure decision. Subscriptions are bound elsewhere, from the [`Change`]s.
+//! Notifications are hints without content, and a slow poll stands behind them. The truth is always read again from the
+//! folder: names and stamps each time, bytes where those differ, and only what has another digest is built. Subscriptions
+//! are bound elsewhere, from the [`Change`]s.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use futures_util::StreamExt as _;
+use futures_util::stream;
 use jiff::Timestamp;
 use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
-use tokio::sync::Notify;
-use tokio::time::{Instant, timeout};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{Instant, sleep_until, timeout};
 
+use super::claims::{Claim, Name, stand_back};
 use super::component::digest;
+use super::files::{self, Content, Listing, Place, Stamp, shown};
 use super::load::Refused;
 use super::manifest::Manifest;
 use super::registry::{Host, Plugin, Refusal};
+use super::reloader::{Reloader, Request};
 use crate::error::{Error, Result};
 use crate::handler::Handler;
 
-/// How long a folder must be quiet before it is read: a copy in progress is many notifications.
-const QUIET: Duration = Duration::from_millis(200);
+/// How long a folder must be quiet before it is read: what is put there together is loaded together.
+const QUIET: Duration = Duration::from_millis(100);
 
 /// The longest wait for quiet: a file that is written all the time must not keep others from being loaded.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a file that is no sound component must stay the same before it is refused: until then it may be half written.
+const SETTLED: Duration = Duration::from_secs(2);
+
+/// How often the folder is looked at although nothing hinted at a change: network folders send no notifications, and
+/// others lose some.
+const POLL: Duration = Duration::from_secs(5);
+
+/// Files that are read and loaded side by side. The engine bounds how many of them are compiled at once.
+const AT_ONCE: usize = 4;
+
+/// Requests that wait for the follower; further ones wait to be sent.
+const REQUESTS: usize = 16;
 
 /// What happened to a plugin.
 #[derive(Clone)]
@@ -39,11 +58,22 @@ pub enum Change {
         /// Calls whatever version is active, this one for now.
         handler: Arc<dyn Handler>,
     },
-    /// No file has this name any more.
+    /// No file has this name any more. The version that it had stays callable until [`Host::remove`], which is for whoever
+    /// has taken it from those who call it.
     Removed {
         /// The plugin's name.
         name: Arc<str>,
     },
+}
+
+impl Change {
+    /// The plugin's name.
+    #[must_use]
+    pub fn name(&self) -> &Arc<str> {
+        match self {
+            Self::Loaded { name, .. } | Self::Removed { name } => name,
+        }
+    }
 }
 
 /// A folder whose `*.wasm` files are the plugins of a host.
@@ -51,47 +81,89 @@ pub struct Folder {
     host: Host,
     directory: PathBuf,
     files: Files,
-    hints: Arc<Notify>,
+    watch: Watch,
     /// Whether a hint was seen that no reading has answered yet.
     stale: bool,
-    _watcher: RecommendedWatcher,
+    looked_at: Option<Instant>,
+    requests: mpsc::Receiver<Request>,
+    /// Those who asked for a reading, and are answered once what came of it is in force.
+    asked: Vec<Request>,
+    reloader: Reloader,
 }
 
 /// What is known of each file.
 type Files = BTreeMap<PathBuf, Known>;
 
-/// The digests of the files that are there; `None` for one that cannot be read.
-type Seen = BTreeMap<PathBuf, Option<String>>;
+/// The files that are there, and how they look.
+type Seen = BTreeMap<PathBuf, Option<Stamp>>;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Known {
+    stamp: Option<Stamp>,
+    /// Whether it may have changed since it was read and look the same.
+    young: bool,
     digest: Option<String>,
-    claim: Claim,
+    /// The names of the version that is served of it; a refused candidate leaves them.
+    holds: Option<Claim>,
+    state: State,
 }
 
-/// What a file has to do with a plugin's name.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Claim {
-    /// The active version came from it; it may hold a refused one by now.
-    Owns(String),
-    /// It holds a plugin of this name that was refused, be it that another file owns the name.
-    Wants(String),
-    /// It holds nothing that could be told.
-    Nothing,
+/// What came of a file's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Served,
+    Refused,
+    /// Refused because another file has a name that it needs.
+    StandsBack,
+    /// No sound component, or not yet. Unchanged since then.
+    Unfinished(Instant),
 }
 
-impl Folder {
-    /// Begins to watch a folder. Nothing is loaded before the first [`scan`](Self::scan).
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] naming `plugins` when there is no such folder or it cannot be watched.
-    pub fn open(host: Host, directory: &Path) -> Result<Self> {
-        let refuse = |words: String| Error::invalid("plugins", directory.to_string_lossy(), words);
-        if !directory.is_dir() {
-            return Err(refuse("must be an existing folder".to_owned()));
+/// A file that was looked at again.
+struct Look {
+    path: PathBuf,
+    stamp: Option<Stamp>,
+    digest: Option<String>,
+    found: Found,
+}
+
+enum Found {
+    /// What it was before.
+    Same,
+    /// The version that is served by its name already.
+    Active(Arc<Plugin>),
+    New(Box<Plugin>),
+    Refused(Refused),
+}
+
+impl Look {
+    /// The names that it needs, where it can be served.
+    fn claim(&self) -> Option<Claim> {
+        match &self.found {
+            Found::Active(plugin) => Some(Claim::of(plugin.manifest())),
+            Found::New(plugin) => Some(Claim::of(plugin.manifest())),
+            Found::Same | Found::Refused(_) => None,
         }
-        let hints = Arc::new(Notify::new());
-        let hint = Arc::clone(&hints);
+    }
+}
+
+/// Who tells of changes in a folder.
+struct Watch {
+    hints: Arc<Notify>,
+    /// The folder that is watched, which may have another name by now.
+    place: Option<Place>,
+    _watcher: Option<RecommendedWatcher>,
+}
+
+impl Watch {
+    /// Watches nothing yet.
+    fn idle() -> Self {
+        Self { hints: Arc::default(), place: None, _watcher: None }
+    }
+
+    /// Watches what `directory` leads to. Where that is not possible there is the poll.
+    fn begin(&mut self, directory: &Path, place: Place) {
+        let hint = Arc::clone(&self.hints);
         let told = move |event: notify::Result<notify::Event>| {
             // An error means that something was missed.
             if event.map_or(true, |event| is_change(event.kind)) {
@@ -103,162 +175,281 @@ impl Folder {
             Ok(watcher)
         };
         let watcher = notify::recommended_watcher(told).and_then(watch);
-        let _watcher = watcher.map_err(|error| refuse(format!("cannot be watched: {error}")))?;
-        Ok(Self { host, directory: directory.to_owned(), files: Files::new(), hints, stale: true, _watcher })
+        if let Err(error) = &watcher {
+            tracing::warn!(directory = %directory.display(), %error, every = ?POLL, "the folder of plugins is only polled");
+        }
+        (self.place, self._watcher) = (Some(place), watcher.ok());
+    }
+}
+
+impl Folder {
+    /// Begins to follow a folder. Nothing is loaded before the first [`scan`](Self::scan).
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming `plugins` when there is no such folder.
+    pub fn open(host: Host, directory: &Path) -> Result<Self> {
+        if !directory.is_dir() {
+            return Err(Error::invalid("plugins", shown(directory), "must be an existing folder"));
+        }
+        let (sender, requests) = mpsc::channel(REQUESTS);
+        Ok(Self {
+            reloader: Reloader::new(host.clone(), sender),
+            host,
+            directory: directory.to_owned(),
+            files: Files::new(),
+            watch: Watch::idle(),
+            stale: true,
+            looked_at: None,
+            requests,
+            asked: Vec::new(),
+        })
     }
 
-    /// Waits until something changed and the folder is quiet again. Before the first scan it waits for quiet only.
+    /// Asks whoever follows this folder to look at it now.
+    #[must_use]
+    pub fn reloader(&self) -> Reloader {
+        self.reloader.clone()
+    }
+
+    /// Waits until it is time to [`scan`](Self::scan): something changed and the folder is quiet again, somebody asked,
+    /// or nothing hinted at a change for a while. Before the first scan it waits for quiet only.
     ///
     /// Dropping the future loses nothing.
     pub async fn changed(&mut self) {
         if !self.stale {
-            self.hints.notified().await;
-            self.stale = true;
+            let due = due(&self.files, self.looked_at.unwrap_or_else(Instant::now));
+            tokio::select! {
+                () = self.watch.hints.notified() => self.stale = true,
+                () = sleep_until(due) => return,
+                asked = self.requests.recv() => {
+                    self.asked.extend(asked);
+                    return;
+                }
+            }
         }
         let latest = Instant::now() + PATIENCE;
-        while Instant::now() < latest && timeout(QUIET, self.hints.notified()).await.is_ok() {}
+        while Instant::now() < latest && timeout(QUIET, self.watch.hints.notified()).await.is_ok() {}
     }
 
-    /// Reads the folder and loads what differs. A candidate that is refused leaves the version before it serving.
+    /// Reads what differs in the folder and loads it, or everything when a [`Reloader`] asked. A candidate that is refused
+    /// leaves the version before it serving.
     ///
-    /// To be awaited to its end: the changes are told once.
+    /// To be awaited to its end: the changes are told once. Who asked is answered by [`answer`](Self::answer).
     ///
     /// # Errors
     /// [`Error::Invalid`] when the folder itself cannot be read; all plugins stay as they are.
     pub async fn scan(&mut self) -> Result<Vec<Change>> {
-        self.stale = false;
-        let seen = self.read().await?;
-        let before = owned(&self.files);
-        let mut loaded = Vec::new();
-        let to_load = to_load(&self.files, &seen);
-        self.drop_missing(&seen);
-        for path in to_load {
-            loaded.extend(self.load(path).await);
+        while let Ok(asked) = self.requests.try_recv() {
+            self.asked.push(asked);
         }
-        let gone: Vec<String> = before.difference(&owned(&self.files)).cloned().collect();
-        gone.iter().for_each(|name| self.host.remove(name));
+        self.stale = false;
+        let (now, first) = (Instant::now(), self.looked_at.is_none());
+        self.looked_at = Some(now);
+        let seen = self.list().await?.files;
+        let before = held(&self.files);
+        self.forget_missing(&seen);
+        let thorough = !self.asked.is_empty();
+        let paths = to_look_at(&self.files, &seen, thorough, held(&self.files) != before, now);
+        let looks = self.look_at(paths, thorough).await;
+        let candidates = looks.iter().filter_map(|look| Some((look.path.clone(), look.claim()?))).collect();
+        let mut back = stand_back(&held(&self.files), &candidates);
+        let mut loaded = Vec::new();
+        for look in looks {
+            let back = back.remove(&look.path);
+            let unchanged_since = self.unchanged_since(&look, first);
+            let patience = if thorough { Duration::ZERO } else { SETTLED };
+            loaded.extend(self.take(look, back, unchanged_since, patience));
+        }
+        let gone = names(&before).difference(&names(&held(&self.files))).cloned().collect::<Vec<_>>();
         let removed = gone.into_iter().map(|name| Change::Removed { name: name.into() });
         Ok(removed.chain(loaded).collect())
     }
 
-    async fn read(&self) -> Result<Seen> {
-        let directory = self.directory.clone();
-        let work = tokio::task::spawn_blocking(move || read(&directory)).await;
-        let read = work.unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        read.map_err(|error| {
-            Error::invalid("plugins", self.directory.to_string_lossy(), format!("cannot be read: {error}"))
-        })
+    /// Tells those who asked what came of it, once the changes of the last [`scan`](Self::scan) are in force.
+    pub fn answer(&mut self, outcome: impl Fn() -> Result<()>) {
+        for asked in self.asked.drain(..) {
+            // Who asked may have gone.
+            let _ = asked.send(outcome());
+        }
     }
 
-    fn drop_missing(&mut self, seen: &Seen) {
+    /// Lists the folder. One that was removed and made again, or is reached by another link, is watched anew first.
+    async fn list(&mut self) -> Result<Listing> {
+        // Whatever is there when it can be read again is watched anew.
+        let listing = self.list_once().await.inspect_err(|_| self.watch.place = None)?;
+        if self.watch.place == Some(listing.place) {
+            return Ok(listing);
+        }
+        self.watch.begin(&self.directory, listing.place);
+        self.list_once().await
+    }
+
+    async fn list_once(&self) -> Result<Listing> {
+        let directory = self.directory.clone();
+        let listing = blocking(move || files::list(&directory)).await.and_then(std::convert::identity);
+        listing.map_err(|error| Error::invalid("plugins", shown(&self.directory), format!("cannot be read: {error}")))
+    }
+
+    fn forget_missing(&mut self, seen: &Seen) {
         let host = &self.host;
         self.files.retain(|path, _| {
             let stays = seen.contains_key(path);
             if !stays {
-                host.forget_refusal(&path.to_string_lossy());
+                host.forget_refusal(&shown(path));
             }
             stays
         });
     }
 
-    async fn load(&mut self, path: PathBuf) -> Option<Change> {
-        let origin = path.to_string_lossy().into_owned();
-        let read = tokio::fs::read(&path).await;
-        let digest = read.as_ref().ok().map(|bytes| digest(bytes));
-        let candidate = match read {
-            Ok(bytes) => self.host.candidate(bytes.into()).await,
-            Err(error) => Err(Refused { plugin: None, reason: format!("cannot be read: {error}") }),
+    /// Looks at files side by side; what came of it is in their order.
+    async fn look_at(&self, paths: Vec<PathBuf>, thorough: bool) -> Vec<Look> {
+        let looks = paths.into_iter().map(|path| {
+            // What is waiting for something else than other bytes is looked at whatever they are.
+            let same = self.files.get(&path).filter(|known| !thorough && is_final(known));
+            look_at(self.host.clone(), same.and_then(|known| known.digest.clone()), path)
+        });
+        stream::iter(looks).buffered(AT_ONCE).collect().await
+    }
+
+    /// Since when the file has looked as it does.
+    fn unchanged_since(&self, look: &Look, first: bool) -> Instant {
+        let now = Instant::now();
+        match self.files.get(&look.path) {
+            Some(Known { stamp, state: State::Unfinished(since), .. }) if *stamp == look.stamp => *since,
+            // What lay there at the start was not seen before; its own times have to do.
+            None if first => {
+                let age = look.stamp.map_or(SETTLED, |stamp| stamp.age(SystemTime::now()));
+                now.checked_sub(age).unwrap_or(now)
+            }
+            _ => now,
+        }
+    }
+
+    /// Takes over what was found in a file, and says what changed by that.
+    fn take(
+        &mut self,
+        look: Look,
+        back: Option<(Name, PathBuf)>,
+        unchanged_since: Instant,
+        patience: Duration,
+    ) -> Option<Change> {
+        let Look { path, stamp, digest, found } = look;
+        let known = self.files.remove(&path);
+        let young = stamp.is_some_and(|stamp| stamp.is_young());
+        let holds = known.as_ref().and_then(|known| known.holds.clone());
+        let origin = shown(&path);
+        // Where the candidate does not say whose version it wants to be, it is taken for one of what its file serves.
+        let own = holds.as_ref().map(|claim| claim.plugin.clone());
+        let refuse = |plugin: Option<String>, reason: String| {
+            let plugin = plugin.or_else(|| own.clone());
+            let refusal =
+                Refusal { origin: origin.clone(), plugin, digest: digest.clone(), error: reason, at: Timestamp::now() };
+            self.host.refuse(refusal);
         };
-        let free = candidate.and_then(|plugin| self.if_free(&path, plugin));
-        let earlier = self.files.remove(&path).map(|known| known.claim);
-        let name = free.as_ref().map_or_else(|refused| refused.plugin.clone(), |plugin| Some(plugin.name().to_owned()));
-        let claim = claim(name, free.is_ok(), earlier);
-        self.files.insert(path, Known { digest: digest.clone(), claim });
-        match free {
-            Ok(plugin) => {
+        let (holds, state, change) = match (found, back) {
+            (Found::Same, _) => (holds, known.map_or(State::Refused, |known| known.state), None),
+            (Found::Refused(Refused { plugin: None, .. }), _) if unchanged_since.elapsed() < patience => {
+                tracing::debug!(origin, "no sound component yet");
+                (holds, State::Unfinished(unchanged_since), None)
+            }
+            (Found::Refused(Refused { plugin, reason }), _) => {
+                refuse(plugin, reason);
+                (holds, State::Refused, None)
+            }
+            (found, Some((name, owner))) => {
+                let plugin = match found {
+                    Found::New(plugin) => Some(plugin.name().to_owned()),
+                    Found::Active(plugin) => Some(plugin.name().to_owned()),
+                    Found::Same | Found::Refused(_) => None,
+                };
+                refuse(plugin, name.taken_by(&owner));
+                (holds, State::StandsBack, None)
+            }
+            (Found::Active(plugin), None) => {
                 self.host.forget_refusal(&origin);
-                self.activate(plugin)
+                (Some(Claim::of(plugin.manifest())), State::Served, None)
             }
-            Err(Refused { plugin, reason }) => {
-                self.host.refuse(Refusal { origin, plugin, digest, error: reason, at: Timestamp::now() });
-                None
+            (Found::New(plugin), None) => {
+                self.host.forget_refusal(&origin);
+                let plugin = self.host.activate(*plugin);
+                let (name, manifest) = (Arc::from(plugin.name()), Arc::clone(plugin.manifest()));
+                let change = Change::Loaded { handler: self.host.handler(&name), name, manifest };
+                (Some(Claim::of(plugin.manifest())), State::Served, Some(change))
             }
-        }
-    }
-
-    /// The candidate, unless another file has its name.
-    fn if_free(&self, path: &Path, plugin: Plugin) -> Result<Plugin, Refused> {
-        match owner(&self.files, plugin.name()).filter(|owner| *owner != path) {
-            None => Ok(plugin),
-            Some(owner) => {
-                let reason = format!("has the name of the plugin in {}: remove one of the two files", owner.display());
-                Err(Refused { plugin: Some(plugin.name().to_owned()), reason })
-            }
-        }
-    }
-
-    /// Swaps a version in, unless it is the active one already.
-    fn activate(&self, plugin: Plugin) -> Option<Change> {
-        let active = self.host.active(plugin.name());
-        if active.is_some_and(|active| active.digest() == plugin.digest()) {
-            return None;
-        }
-        let plugin = self.host.activate(plugin);
-        let (name, manifest) = (Arc::from(plugin.name()), Arc::clone(plugin.manifest()));
-        Some(Change::Loaded { handler: self.host.handler(&name), name, manifest })
+        };
+        self.files.insert(path, Known { stamp, young, digest, holds, state });
+        change
     }
 }
 
-/// What a file has to do with a name after it was read: a refused candidate leaves what the file owned before.
-fn claim(name: Option<String>, accepted: bool, earlier: Option<Claim>) -> Claim {
-    match (accepted, name, earlier) {
-        (true, Some(name), _) => Claim::Owns(name),
-        (_, _, Some(Claim::Owns(name))) => Claim::Owns(name),
-        (_, Some(name), _) => Claim::Wants(name),
-        (_, None, _) => Claim::Nothing,
-    }
-}
-
-/// The files to load, in order: those that are new or differ, then those whose name may have become free.
-fn to_load(known: &Files, seen: &Seen) -> Vec<PathBuf> {
-    let differs = |path: &PathBuf, digest: &Option<String>| known.get(path).is_none_or(|file| file.digest != *digest);
-    let changed: BTreeSet<&PathBuf> =
-        seen.iter().filter(|(path, digest)| differs(path, digest)).map(|(path, _)| path).collect();
-    let may_be_free = |name: &str| match owner(known, name) {
-        None => false,
-        Some(owner) => !seen.contains_key(owner) || changed.contains(&owner.to_owned()),
+/// Reads a file and makes a candidate of it, unless it has the digest `same`.
+async fn look_at(host: Host, same: Option<String>, path: PathBuf) -> Look {
+    let (file, limit) = (path.clone(), host.options().max_component);
+    let work = move || {
+        let Content { stamp, bytes } = files::read(&file, limit);
+        (stamp, bytes.map(|bytes| (digest(&bytes), bytes)))
     };
-    let waiting = known.iter().filter(|(path, file)| {
-        let wants = matches!(&file.claim, Claim::Wants(name) if may_be_free(name));
-        wants && seen.contains_key(*path) && !changed.contains(path)
-    });
-    changed.iter().copied().chain(waiting.map(|(path, _)| path)).cloned().collect()
-}
-
-/// The names that files own.
-fn owned(files: &Files) -> BTreeSet<String> {
-    let names = files.values().filter_map(|file| match &file.claim {
-        Claim::Owns(name) => Some(name.clone()),
-        Claim::Wants(_) | Claim::Nothing => None,
-    });
-    names.collect()
-}
-
-fn owner<'a>(files: &'a Files, name: &str) -> Option<&'a Path> {
-    let owns = |file: &Known| matches!(&file.claim, Claim::Owns(owned) if owned == name);
-    files.iter().find(|(_, file)| owns(file)).map(|(path, _)| path.as_path())
-}
-
-fn read(directory: &Path) -> std::io::Result<Seen> {
-    let mut seen = Seen::new();
-    for entry in std::fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "wasm") {
-            let digest = std::fs::read(&path).ok().map(|bytes| digest(&bytes));
-            seen.insert(path, digest);
+    let (stamp, read) = match blocking(work).await {
+        Ok(read) => read,
+        Err(error) => (None, Err(format!("cannot be read: {error}"))),
+    };
+    let (digest, found) = match read {
+        Err(reason) => (None, Found::Refused(Refused { plugin: None, reason })),
+        Ok((digest, _)) if same.as_ref() == Some(&digest) => (Some(digest), Found::Same),
+        Ok((digest, bytes)) => {
+            let found = match host.active_of(&digest) {
+                Some(active) => Found::Active(active),
+                None => match host.candidate(digest.as_str().into(), bytes).await {
+                    Ok(plugin) => Found::New(Box::new(plugin)),
+                    Err(refused) => Found::Refused(refused),
+                },
+            };
+            (Some(digest), found)
         }
-    }
-    Ok(seen)
+    };
+    Look { path, stamp, digest, found }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> std::io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(std::io::Error::other)
+}
+
+/// Whether other bytes are all that can make a difference to what came of the file.
+fn is_final(known: &Known) -> bool {
+    matches!(known.state, State::Served | State::Refused)
+}
+
+/// The files to look at, in order: those that may have changed, or all; and when names may have become free, those that
+/// stand back.
+fn to_look_at(known: &Files, seen: &Seen, thorough: bool, freed: bool, now: Instant) -> Vec<PathBuf> {
+    let differs = |path: &PathBuf, stamp: &Option<Stamp>| {
+        let is_due = |file: &Known| matches!(file.state, State::Unfinished(since) if now >= since + SETTLED);
+        known.get(path).is_none_or(|file| thorough || file.stamp != *stamp || file.young || is_due(file))
+    };
+    let changed: BTreeSet<&PathBuf> =
+        seen.iter().filter(|(path, stamp)| differs(path, stamp)).map(|(path, _)| path).collect();
+    let waits = |path: &PathBuf| known.get(path).is_some_and(|file| file.state == State::StandsBack);
+    let is_wanted = |path: &&PathBuf| changed.contains(*path) || waits(path) && (freed || !changed.is_empty());
+    seen.keys().filter(is_wanted).cloned().collect()
+}
+
+/// When the folder is to be looked at again although nothing hints at a change.
+fn due(known: &Files, looked_at: Instant) -> Instant {
+    let unfinished = known.values().filter_map(|file| match file.state {
+        State::Unfinished(since) => Some(since + SETTLED),
+        _ => None,
+    });
+    unfinished.fold(looked_at + POLL, Ord::min)
+}
+
+/// What files have by what is served of them.
+fn held(files: &Files) -> BTreeMap<PathBuf, Claim> {
+    files.iter().filter_map(|(path, file)| Some((path.clone(), file.holds.clone()?))).collect()
+}
+
+/// The plugins among them.
+fn names(held: &BTreeMap<PathBuf, Claim>) -> BTreeSet<String> {
+    held.values().map(|claim| claim.plugin.clone()).collect()
 }
 
 /// Reading files is told as well, and would be answered by reading them again.
@@ -274,23 +465,24 @@ fn is_change(kind: EventKind) -> bool {
 mod tests {
     use super::*;
 
-    fn known(rows: &[(&str, &str, Claim)]) -> Files {
-        let file = |(path, digest, claim): &(&str, &str, Claim)| {
-            (PathBuf::from(path), Known { digest: Some((*digest).to_owned()), claim: claim.clone() })
-        };
-        rows.iter().map(file).collect()
+    fn known(state: State) -> Known {
+        Known { stamp: None, young: false, digest: Some("d".to_owned()), holds: None, state }
     }
 
-    fn seen(rows: &[(&str, &str)]) -> Seen {
-        rows.iter().map(|(path, digest)| (PathBuf::from(path), Some((*digest).to_owned()))).collect()
+    fn files(rows: Vec<(&str, Known)>) -> Files {
+        rows.into_iter().map(|(path, known)| (PathBuf::from(path), known)).collect()
     }
 
-    fn owns(name: &str) -> Claim {
-        Claim::Owns(name.to_owned())
+    /// Files that look as they did.
+    fn seen(names: &[&str]) -> Seen {
+        names.iter().map(|name| (PathBuf::from(name), None)).collect()
     }
 
-    fn wants(name: &str) -> Claim {
-        Claim::Wants(name.to_owned())
+    /// The stamp of a file that is there.
+    fn stamp() -> Option<Stamp> {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("a.wasm"), "").unwrap();
+        files::list(folder.path()).unwrap().files.into_values().next().unwrap()
     }
 
     fn paths(names: &[&str]) -> Vec<PathBuf> {
@@ -298,42 +490,35 @@ mod tests {
     }
 
     #[test]
-    fn only_what_differs_is_loaded() {
-        let files = known(&[("a", "1", owns("x")), ("b", "2", owns("y")), ("gone", "3", owns("z"))]);
-        assert_eq!(to_load(&files, &seen(&[("a", "1"), ("b", "9"), ("c", "4")])), paths(&["b", "c"]));
-        assert_eq!(to_load(&Files::new(), &seen(&[("b", "1"), ("a", "1")])), paths(&["a", "b"]));
+    fn only_what_may_differ_is_looked_at() {
+        let now = Instant::now();
+        let young = Known { young: true, ..known(State::Served) };
+        let files = files(vec![("a", known(State::Served)), ("b", known(State::Refused)), ("c", young)]);
+        assert_eq!(to_look_at(&files, &seen(&["a", "b"]), false, true, now), paths(&[]));
+        assert_eq!(to_look_at(&files, &seen(&["a", "b", "c", "new"]), false, false, now), paths(&["c", "new"]));
+        let changed = Seen::from([("a".into(), None), ("b".into(), stamp())]);
+        assert_eq!(to_look_at(&files, &changed, false, false, now), paths(&["b"]));
+        assert_eq!(to_look_at(&files, &seen(&["a", "b"]), true, false, now), paths(&["a", "b"]));
     }
 
     #[test]
-    fn a_bad_candidate_is_tried_once() {
-        let files = known(&[("a", "bad", owns("x")), ("b", "bad", Claim::Nothing), ("c", "bad", wants("v"))]);
-        assert!(to_load(&files, &seen(&[("a", "bad"), ("b", "bad"), ("c", "bad")])).is_empty());
+    fn who_stands_back_gets_a_turn_when_anything_else_moves() {
+        let now = Instant::now();
+        let files = files(vec![("a", known(State::StandsBack)), ("b", known(State::Served))]);
+        assert_eq!(to_look_at(&files, &seen(&["a", "b"]), false, false, now), paths(&[]));
+        assert_eq!(to_look_at(&files, &seen(&["a"]), false, true, now), paths(&["a"]));
+        let changed = Seen::from([("a".into(), None), ("b".into(), stamp())]);
+        assert_eq!(to_look_at(&files, &changed, false, false, now), paths(&["a", "b"]));
     }
 
     #[test]
-    fn a_file_that_cannot_be_read_is_tried_again_when_it_can() {
-        let unreadable = Known { digest: None, claim: Claim::Nothing };
-        let files = Files::from([(PathBuf::from("a"), unreadable)]);
-        assert!(to_load(&files, &Seen::from([(PathBuf::from("a"), None)])).is_empty());
-        assert_eq!(to_load(&files, &seen(&[("a", "1")])), paths(&["a"]));
-    }
-
-    #[test]
-    fn a_file_that_wants_a_taken_name_gets_its_turn_when_the_owner_goes_or_changes() {
-        let files = known(&[("a", "1", wants("x")), ("b", "2", owns("x"))]);
-        assert!(to_load(&files, &seen(&[("a", "1"), ("b", "2")])).is_empty());
-        assert_eq!(to_load(&files, &seen(&[("a", "1")])), paths(&["a"]));
-        assert_eq!(to_load(&files, &seen(&[("a", "1"), ("b", "3")])), paths(&["b", "a"]));
-    }
-
-    #[test]
-    fn a_refused_candidate_leaves_the_file_what_it_owned() {
-        assert_eq!(claim(None, false, Some(owns("x"))), owns("x"));
-        assert_eq!(claim(Some("y".into()), false, Some(owns("x"))), owns("x"));
-        assert_eq!(claim(Some("y".into()), true, Some(owns("x"))), owns("y"));
-        assert_eq!(claim(Some("y".into()), false, Some(Claim::Nothing)), wants("y"));
-        assert_eq!(claim(None, false, Some(wants("y"))), Claim::Nothing);
-        assert_eq!(claim(None, false, None), Claim::Nothing);
+    fn what_may_be_half_written_is_looked_at_again_once_it_has_settled() {
+        let now = Instant::now();
+        let files = files(vec![("a", known(State::Unfinished(now))), ("b", known(State::Served))]);
+        assert_eq!(to_look_at(&files, &seen(&["a", "b"]), false, false, now), paths(&[]));
+        assert_eq!(to_look_at(&files, &seen(&["a", "b"]), false, false, now + SETTLED), paths(&["a"]));
+        assert_eq!(due(&files, now), now + SETTLED);
+        assert_eq!(due(&Files::new(), now), now + POLL);
     }
 
     #[test]

@@ -1,7 +1,11 @@
-//! WASI 0.2 for guests that were built for it: clocks and random numbers, and nothing else.
+//! WASI 0.2 and 0.3 for guests that were built for it: clocks and random numbers, and nothing else.
 //!
 //! No files, no environment, no arguments, no sockets; stdin is empty, stdout and stderr become log lines. A call of
 //! `exit` ends the attempt only.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use tokio::io::AsyncWrite;
@@ -10,6 +14,12 @@ use wasmtime_wasi::p2::{OutputStream, Pollable, StreamResult};
 use wasmtime_wasi::{ResourceTable, WasiCtx, WasiCtxView};
 
 use super::log::{INFO, Log, WARN};
+
+/// The newest WASI 0.2 that is served.
+pub(super) const WASI_0_2: &str = "0.2.12";
+
+/// The newest WASI 0.3 that is served.
+pub(super) const WASI_0_3: &str = "0.3.0";
 
 /// The WASI of one attempt.
 pub(super) struct Wasi {
@@ -50,8 +60,7 @@ impl IsTerminal for Stream {
 
 impl StdoutStream for Stream {
     fn async_stream(&self) -> Box<dyn AsyncWrite + Send + Sync> {
-        // Only WASI 0.3 would ask for it.
-        Box::new(tokio::io::sink())
+        Box::new(self.clone())
     }
 
     fn p2_stream(&self) -> Box<dyn OutputStream> {
@@ -59,6 +68,23 @@ impl StdoutStream for Stream {
     }
 }
 
+/// What WASI 0.3 writes to.
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.log.write(self.level, bytes);
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// What WASI 0.2 writes to.
 impl OutputStream for Stream {
     fn write(&mut self, bytes: Bytes) -> StreamResult<()> {
         self.log.write(self.level, &bytes);

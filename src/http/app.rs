@@ -77,6 +77,8 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/dead-letters/redrive", post(dead_letters::redrive))
         .route("/v1/replays", post(replays::start))
         .route("/v1/plugins", get(plugins::list))
+        .route("/v1/plugins/{name}", get(plugins::inspect))
+        .route("/v1/plugins/{name}/reload", post(plugins::reload))
         .route("/v1/stats", get(status::stats))
         .route("/metrics", get(status::metrics))
         .route("/healthz", get(status::live))

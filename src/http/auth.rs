@@ -138,6 +138,8 @@ mod tests {
             (Some("see"), Method::GET, "/metrics", 200),
             (Some("see"), Method::POST, "/v1/events", 403),
             (Some("see"), Method::DELETE, "/v1/events/1", 403),
+            (Some("see"), Method::POST, "/v1/plugins/a/reload", 403),
+            (Some("pub"), Method::POST, "/v1/plugins/a/reload", 403),
             (Some("all"), Method::DELETE, "/v1/events/1", 200),
             (Some("all"), Method::POST, "/v1/events", 200),
         ];

@@ -10,7 +10,7 @@ use arc_swap::ArcSwapOption;
 
 use super::problem::Problem;
 use crate::broker::Broker;
-use crate::host::Host;
+use crate::host::{Host, Reloader};
 
 /// What the edge hands requests to.
 #[derive(Clone)]
@@ -19,6 +19,8 @@ pub struct Services {
     pub broker: Broker,
     /// Runs plugins, where there are any.
     pub host: Option<Host>,
+    /// Asks whoever follows the plugins' folder to look at it now, where there is one.
+    pub reloader: Option<Reloader>,
 }
 
 /// A door that is opened once everything behind it is ready, and closed when it stops. Cheap to clone.

@@ -162,6 +162,10 @@ fn headers_and_addresses() -> Vec<Case> {
         bare("GET", "/v1/evnts", 404, "not_found", "did you mean /v1/events?"),
         bare("PUT", "/v1/events", 405, "method_not_allowed", "PUT is not served"),
         bare("DELETE", "/v1/events/no-such-event", 404, "not_found", "event not found"),
+        bare("GET", "/v1/plugins/nobody", 404, "not_found", "plugin not found: nobody"),
+        bare("POST", "/v1/plugins/nobody/reload", 404, "not_found", "plugin not found: nobody"),
+        bare("POST", "/v1/plugins/nobody/reload?force=1", 400, "malformed", "force"),
+        bare("GET", "/v1/plugins/nobody/reload", 405, "method_not_allowed", "GET is not served"),
         bare("GET", "/v1/dead-letters?verdict=tired", 400, "malformed", "verdict: must be one of"),
     ]
 }
@@ -310,5 +314,10 @@ fn bad_configurations_and_components_are_refused_by_name() {
 }
 
 fn tidegate(folder: &Path, arguments: &[&str]) -> std::process::Output {
-    Command::new(env!("CARGO_BIN_EXE_tidegate")).args(arguments).current_dir(folder).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_tidegate"))
+        .args(arguments)
+        .current_dir(folder)
+        .env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"))
+        .output()
+        .unwrap()
 }

@@ -186,6 +186,105 @@ async fn a_plugin_dropped_into_the_folder_is_served() {
     assert!(listed.contains("refused broken") && listed.contains("signup-guard"), "{listed}");
 }
 
+/// Rewrites the manifest of a plugin in the folder, which makes another version of it.
+fn reversioned(place: &Place, plugin: &str, from: &str, to: &str) {
+    use tidegate::host::component::{embed_manifest, manifest};
+
+    let bytes = std::fs::read(built_plugins().join(format!("{plugin}.wasm"))).unwrap();
+    let (_, text) = manifest(&bytes).unwrap();
+    assert!(text.contains(from), "{text}");
+    let path = place.folder.path().join(format!("plugins/{plugin}.wasm"));
+    std::fs::write(path, embed_manifest(&bytes, &text.replace(from, to)).unwrap()).unwrap();
+}
+
+/// A reload on demand answers with what came of it, over HTTP and by SIGHUP; only an admin may ask.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plugin_is_reloaded_on_demand() {
+    let place = Place::with_plugins(&["signup-guard", "audit-trail"]);
+    let server = place.serve().await;
+    let reload =
+        async |name: &str| wire::send(&server.url, "POST", &format!("/v1/plugins/{name}/reload"), &[], "").await;
+    let unknown = reload("nobody").await;
+    assert_eq!((unknown.status, &unknown.json()["code"]), (404, &json!("not_found")), "{}", unknown.text);
+    let with_body = wire::post(&server.url, "/v1/plugins/signup-guard/reload", "{}").await;
+    assert_eq!((with_body.status, &with_body.json()["code"]), (400, &json!("malformed")), "{}", with_body.text);
+    let same = reload("signup-guard").await;
+    assert_eq!((same.status, &same.json()["changed"]), (200, &json!(false)), "{}", same.text);
+    let first = same.json()["active"]["digest"].clone();
+
+    reversioned(&place, "signup-guard", "1.0.0", "1.1.0");
+    let reloaded = reload("signup-guard").await.json();
+    assert_eq!((&reloaded["name"], &reloaded["active"]["version"]), (&json!("signup-guard"), &json!("1.1.0")));
+    assert!(reloaded["active"]["digest"] != first && reloaded["active"]["active_since"].is_string(), "{reloaded}");
+
+    // What is refused is said at once, and nothing changes.
+    reversioned(&place, "signup-guard", "[\"blocked-domains\"]", "[\"blocked-domains\", \"secret\"]");
+    let refused = reload("signup-guard").await;
+    assert_eq!((refused.status, &refused.json()["code"]), (422, &json!("plugin_unusable")), "{}", refused.text);
+    assert!(refused.text.contains("[plugins.signup-guard.grants]"), "{}", refused.text);
+    let shown = wire::get(&server.url, "/v1/plugins/signup-guard").await.json();
+    assert_eq!((&shown["active"]["version"], &shown["manifest"]["version"]), (&json!("1.1.0"), &json!("1.1.0")));
+    let refusal = &shown["refused"];
+    assert!(refusal["digest"].is_string() && refusal["at"].is_string() && refusal["error"].is_string(), "{refusal}");
+    let listed = printed(&server.url, 0, &["plugin", "list"]);
+    assert!(listed.contains("refused signup-guard (") && listed.contains("sha256:"), "{listed}");
+    let log = server.log();
+    assert_eq!(log.matches("plugin candidate refused").count(), 1, "{log}");
+
+    reversioned(&place, "audit-trail", "1.0.0", "2.0.0");
+    let hung_up = Command::new("kill").args(["-HUP", &server.pid().to_string()]).status().unwrap();
+    assert!(hung_up.success());
+    until(&server.url, "/v1/plugins/audit-trail", |plugin| plugin["active"]["version"] == "2.0.0").await;
+    let inspected = printed("", 0, &["plugin", "inspect", "audit-trail", "--url", &server.url]);
+    assert!(inspected.contains("version        2.0.0") && inspected.contains("subscribes to"), "{inspected}");
+    printed("", 3, &["plugin", "inspect", "nobody", "--url", &server.url]);
+}
+
+/// `plugin check` and `inspect` on files: one or a folder, for people and for programs.
+#[test]
+fn files_are_checked_as_a_server_would_load_them() {
+    let place = Place::with_plugins(&["order-totals", "signup-guard"]);
+    let at = |name: &str| place.folder.path().join(name).display().to_string();
+    let (config, folder) = (at("tidegate.toml"), at("plugins"));
+    let all = printed("", 0, &["plugin", "check", "-c", &config, &folder]);
+    assert_eq!(all.matches("would be served").count(), 2, "{all}");
+    let one = printed("", 0, &["plugin", "check", "-c", &config, &at("plugins/order-totals.wasm"), "--json"]);
+    assert_eq!(
+        (&parsed(&one)["served"], &parsed(&one)["plugin"]["manifest"]["name"]),
+        (&json!(true), &json!("order-totals"))
+    );
+
+    // Without grants: the section to add stands on standard output, ready for the configuration.
+    let ungranted = printed("", 1, &["plugin", "check", &at("plugins/order-totals.wasm")]);
+    let section = "[plugins.order-totals.grants]\nkv = [\"totals\"]\nevents = [\"shop.totals.update\"]\nconfig = [\"currency\"]\n";
+    assert_eq!(ungranted.trim_start(), section);
+    std::fs::write(at("grants.toml"), ungranted).unwrap();
+    printed("", 0, &["plugin", "check", "-c", &at("grants.toml"), &at("plugins/order-totals.wasm")]);
+
+    std::fs::write(at("plugins/broken.wasm"), "no component").unwrap();
+    std::fs::copy(at("plugins/order-totals.wasm"), at("plugins/second.wasm")).unwrap();
+    let some = parsed(&printed("", 1, &["plugin", "check", "-c", &config, &folder, "--json"]));
+    let rows: Vec<(bool, &str)> = some["plugins"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| (row["served"].as_bool().unwrap(), row["error"].as_str().unwrap_or_default()))
+        .collect();
+    assert_eq!(rows.iter().map(|row| row.0).collect::<Vec<_>>(), [false, true, false, true], "{some}");
+    assert!(rows[0].1.contains("is not WebAssembly") && rows[2].1.contains("the name order-totals"), "{some}");
+
+    std::fs::write(at("bad.toml"), "provder = \"memory:\"").unwrap();
+    for (exit, arguments) in [
+        (3, ["plugin", "check", "/nonexistent.wasm"].as_slice()),
+        (3, &["plugin", "inspect", "/nonexistent.wasm"]),
+        (2, &["plugin", "check", "-c", &at("bad.toml"), &folder]),
+        (2, &["plugin", "check"]),
+        (1, &["plugin", "inspect", &at("plugins/broken.wasm")]),
+    ] {
+        printed("", exit, arguments);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn events_can_be_replayed_and_erased() {
     let place = Place::with_plugins(&["signup-guard"]);

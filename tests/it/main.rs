@@ -10,10 +10,12 @@
 
 mod bad_input;
 mod broker;
+mod confinement;
 mod crash;
 mod edges;
 mod host;
 mod house;
+mod reload;
 mod restart;
 mod support;
 mod verdicts;

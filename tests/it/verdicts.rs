@@ -31,7 +31,7 @@ fn retry() -> RetryPolicy {
     RetryPolicy { max_retries: 1, initial_delay: soon, max_delay: soon, jitter: 0.0, ..RetryPolicy::default() }
 }
 
-const GRANTS: &str = r#"grants = { kv = ["faults"], events = ["faulty.**"], config = ["greeting"] }"#;
+const GRANTS: &str = r#"grants = { kv = ["faults"], events = ["faulty.**"], config = ["greeting", "self-check"] }"#;
 
 /// A running broker over memory, with the misbehaving guest under two names: `faults` with little fuel and memory, and
 /// `slow` with all the fuel and little time. There is one instance for both.
@@ -59,7 +59,7 @@ impl Rig {
         ] {
             let manifest = format!(
                 "name = \"{name}\"\nversion = \"1.0.0\"\n[limits]\n{limits}\n\
-                 [capabilities]\nkv = [\"faults\"]\nevents = [\"faulty.**\"]\nconfig = [\"greeting\"]\n"
+                 [capabilities]\nkv = [\"faults\"]\nevents = [\"faulty.**\"]\nconfig = [\"greeting\", \"self-check\"]\n"
             );
             let component = embed_manifest(&guest, &manifest).unwrap();
             host.activate(host.load(name, component.into()).await.unwrap());

@@ -6,7 +6,7 @@
 use serde_json::{Map, Value};
 use tidegate_plugin::prelude::*;
 
-tidegate_plugin::plugin!(record);
+tidegate_plugin::plugin!(record, batch);
 
 fn record(event: Event) {
     let payload: Map<String, Value> = event.json().unwrap_or_default();

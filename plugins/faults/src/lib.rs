@@ -14,7 +14,7 @@ use std::{
 };
 use tidegate_plugin::{log, prelude::*};
 
-tidegate_plugin::plugin!(misbehave, self_check = check);
+tidegate_plugin::plugin!(misbehave, batch = misbehave_all, self_check = check);
 
 /// How to misbehave.
 #[derive(Deserialize)]
@@ -68,6 +68,8 @@ enum Fault {
     Facts {},
     /// Replies with how many events this instance has handled, this one included.
     Instance {},
+    /// As the first event of a batch, misbehaves for all of it. Succeeds by itself.
+    Batch { how: Whole },
     /// One after the other, until one fails. The last reply counts.
     Steps { steps: Vec<Fault> },
     /// The same so many times, until it fails.
@@ -77,6 +79,20 @@ enum Fault {
 /// What is published, and written to key-value data, unless the payload says otherwise.
 const EVENT_TYPE: &str = "faulty.events.create";
 const BUCKET: &str = "faults";
+
+/// How to misbehave with a whole batch.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Whole {
+    /// Writes, publishes and logs before it says whose turn it is, and fails all with what it was told.
+    Early,
+    /// Takes a turn that there is not.
+    Far,
+    /// Gives an answer too few.
+    Short,
+    /// Takes the last event first.
+    Backwards,
+}
 
 /// Events that this instance has handled.
 static HANDLED: AtomicU32 = AtomicU32::new(0);
@@ -92,19 +108,60 @@ fn misbehave(event: Event) -> Result<Option<Reply>, Failure> {
     perform(&event.json()?, &event)
 }
 
+fn misbehave_all(events: &[Event]) -> Vec<Result<Option<Reply>, Failure>> {
+    let in_turn = |(index, event): (usize, &Event)| {
+        delivery::turn(index);
+        misbehave(event.clone())
+    };
+    let whole = match events.first().and_then(|event| event.json().ok()) {
+        Some(Fault::Batch { how }) => Some(how),
+        _ => None,
+    };
+    match whole {
+        Some(Whole::Early) => return events.iter().map(|_| early()).collect(),
+        Some(Whole::Far) => delivery::turn(events.len()),
+        _ => {}
+    }
+    let turns = events.iter().enumerate();
+    let mut results: Vec<_> = match whole {
+        Some(Whole::Backwards) => turns.rev().map(in_turn).collect(),
+        _ => turns.map(in_turn).collect(),
+    };
+    match whole {
+        Some(Whole::Backwards) => results.reverse(),
+        Some(Whole::Short) => results.truncate(events.len().saturating_sub(1)),
+        _ => {}
+    }
+    results
+}
+
+fn early() -> Result<Option<Reply>, Failure> {
+    info!("before the first turn");
+    events::publish(EVENT_TYPE, &json!({}))?;
+    Ok(None)
+}
+
 /// Misbehaves before it is put to work, as the setting `self-check` says.
 fn check() -> Result<(), String> {
     match config::get("self-check").as_deref() {
         None | Some("ok") => Ok(()),
         Some("trap") => break_out::trap(),
         Some("loop") => loop_without_end(),
+        Some("publish") => match events::publish("faulty.events.create", &json!({})) {
+            Err(fault) if fault.code == "too-many" => Ok(()),
+            other => Err(format!("publishing was answered with {other:?}")),
+        },
+        Some("write") => match kv::bucket("faults").increment("checked", 1) {
+            Ok(1) => Ok(()),
+            other => Err(format!("writing was answered with {other:?}")),
+        },
         Some(other) => Err(format!("asked to fail the self-check: {other}")),
     }
 }
 
 fn perform(fault: &Fault, event: &Event) -> Result<Option<Reply>, Failure> {
     match fault {
-        Fault::None {} => {}
+        Fault::None {} | Fault::Batch { .. } => {}
         Fault::Echo {} => return Ok(Some(Reply::new(event.content_type.clone(), event.payload.clone()))),
         Fault::Trap {} => break_out::trap(),
         Fault::Loop {} => loop_without_end(),
@@ -212,8 +269,9 @@ fn loop_without_end() -> ! {
 /// The only clock of a guest is what the host says is left of the attempt. Asked now and then, since host calls are
 /// limited too.
 fn spin(length: Duration) {
-    let end = delivery::remaining().saturating_sub(length);
-    while delivery::remaining() > end {
+    // Without an end where that lies behind the deadline: it is for the host to stop it there.
+    let end = delivery::remaining().checked_sub(length);
+    while end.is_none_or(|end| delivery::remaining() > end) {
         for turn in 0..10_000_u32 {
             black_box(turn);
         }
@@ -252,7 +310,7 @@ mod tests {
         testing::{self, Host},
     };
 
-    use super::misbehave;
+    use super::{misbehave, misbehave_all};
 
     fn deliver(host: &Host, payload: &Value) -> Result<Option<Reply>, Failure> {
         host.deliver(misbehave, testing::event("faults.tests.create", payload))
@@ -288,6 +346,24 @@ mod tests {
         assert_eq!((host.kv_number("faults", "n"), host.published().len()), (None, 0));
         let reply = deliver(&host, &increment).unwrap().unwrap();
         assert_eq!(reply.body, b"2");
+    }
+
+    #[test]
+    fn a_batch_misbehaves_event_by_event_or_as_a_whole() {
+        let host = host();
+        let batch = |payloads: &[Value]| {
+            let events: Vec<_> =
+                payloads.iter().map(|payload| testing::event("faults.tests.create", payload)).collect();
+            host.deliver_batch(misbehave_all, &events)
+        };
+        let increment = json!({"fault": "kv-increment", "key": "n", "by": 2});
+        let results = batch(&[increment.clone(), json!({"fault": "reject"}), increment.clone()]);
+        assert_eq!(results.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, true]);
+        assert_eq!(host.kv_number("faults", "n"), Some(4));
+        let early = batch(&[json!({"fault": "batch", "how": "early"}), increment.clone()]);
+        assert!(early.iter().all(|result| result.as_ref().is_err_and(|failure| failure.code() == "no-turn")));
+        assert_eq!(batch(&[json!({"fault": "batch", "how": "short"}), increment]).len(), 1);
+        assert_eq!(host.kv_number("faults", "n"), Some(4));
     }
 
     #[test]

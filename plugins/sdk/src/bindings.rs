@@ -8,6 +8,19 @@ wit_bindgen::generate!({
     default_bindings_module: "tidegate_plugin::bindings",
 });
 
+/// The optional export that is called with many events at once.
+pub mod batch {
+    wit_bindgen::generate!({
+        path: "wit",
+        inline: "package tidegate:sdk; world batched { export tidegate:plugin/batch-handler@1.0.0; }",
+        world: "tidegate:sdk/batched",
+        with: { "tidegate:plugin/types@1.0.0": crate::bindings::tidegate::plugin::types },
+        pub_export_macro: true,
+        export_macro_name: "export_batch",
+        default_bindings_module: "tidegate_plugin::bindings::batch",
+    });
+}
+
 /// The optional export that is called before a new version takes over.
 pub mod self_check {
     wit_bindgen::generate!({

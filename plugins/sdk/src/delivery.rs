@@ -1,4 +1,6 @@
 //! Facts about the attempt in progress.
+//!
+//! In a batch there is one attempt per event, and [`turn`] says which one is in progress.
 
 use core::time::Duration;
 
@@ -37,4 +39,13 @@ pub fn idempotency_key() -> String {
 /// Whether the event is delivered once more on purpose: a replay, or a trial of a new plugin version.
 pub fn is_replay() -> bool {
     host::is_replay()
+}
+
+/// In a batch: from here on, facts, log lines, published events and key-value writes are those of the event at this
+/// index, counted from 0. Turns may come in any order and come back.
+///
+/// `plugin!(handle, batch)` does it for you. Before the first turn publishing and writing fail with the code `no-turn`. An
+/// index that the batch does not have ends the call.
+pub fn turn(index: usize) {
+    host::turn(u32::try_from(index).unwrap_or(u32::MAX));
 }

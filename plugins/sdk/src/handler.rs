@@ -1,8 +1,8 @@
-//! Which functions are handlers: the shapes of arguments and results that `plugin!` takes.
+//! Which functions are handlers, of single events and of batches: the shapes of arguments and results that `plugin!` takes.
 
 use serde::de::DeserializeOwned;
 
-use crate::{Event, Failure, Json, Reply};
+use crate::{Event, Failure, Json, Reply, delivery};
 
 /// A function that a plugin can be made of. It takes one of
 ///
@@ -14,6 +14,37 @@ use crate::{Event, Failure, Json, Reply};
 pub trait Handler<Arguments> {
     /// Handles one event.
     fn call(&self, event: Event) -> Result<Option<Reply>, Failure>;
+}
+
+/// A function that handles many events at once. It takes them as `&[Event]` and gives back an [`Outcome`] for each, in the
+/// same order; fewer or more decide nothing, and the host then calls the [`Handler`] for each event.
+///
+/// It calls [`delivery::turn`] before it does anything on behalf of an event.
+pub trait BatchHandler {
+    /// Handles all of them.
+    fn call(&self, events: &[Event]) -> Vec<Result<Option<Reply>, Failure>>;
+}
+
+impl<F, R> BatchHandler for F
+where
+    F: Fn(&[Event]) -> Vec<R>,
+    R: Outcome,
+{
+    fn call(&self, events: &[Event]) -> Vec<Result<Option<Reply>, Failure>> {
+        self(events).into_iter().map(Outcome::into_result).collect()
+    }
+}
+
+/// Handles one event after the other, each in its turn.
+pub(crate) fn in_turn<Arguments>(
+    handler: &impl Handler<Arguments>,
+    events: impl IntoIterator<Item = Event>,
+) -> Vec<Result<Option<Reply>, Failure>> {
+    let turn = |(index, event)| {
+        delivery::turn(index);
+        handler.call(event)
+    };
+    events.into_iter().enumerate().map(turn).collect()
 }
 
 /// What a handler may give back: `()`, a [`Reply`], an `Option<Reply>`, or a `Result` of one of these and anything that

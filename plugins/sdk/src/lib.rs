@@ -48,7 +48,7 @@ mod outcome;
 pub mod testing;
 
 pub use event::{Event, Json};
-pub use handler::{Handler, Outcome};
+pub use handler::{BatchHandler, Handler, Outcome};
 pub use outcome::{Failure, Fault, OrFail, Reply};
 
 /// What most handlers need, for one `use` line.
@@ -70,8 +70,38 @@ pub mod prelude {
 /// # fn main() {}
 /// ```
 ///
-/// A second function may look whether the plugin can work at all, for hosts that ask before a new version takes over
-/// (tidegate 0.1 does not yet). It takes nothing and gives back a `Result<(), E>` whose error can be shown:
+/// `batch` lets the host hand over many events in one call, which costs far less per event. The function is called for
+/// one after the other, each in its [turn](delivery::turn), and need not know:
+///
+/// ```
+/// # use tidegate_plugin::Event;
+/// tidegate_plugin::plugin!(greet, batch);
+/// # fn greet(_: Event) {}
+/// # fn main() {}
+/// ```
+///
+/// A function of its own can do for all at once what need not be done for each. It must be a [`BatchHandler`]:
+///
+/// ```
+/// # use tidegate_plugin::{Event, Failure, delivery, config};
+/// tidegate_plugin::plugin!(greet, batch = greet_all);
+///
+/// fn greet_all(events: &[Event]) -> Vec<Result<(), Failure>> {
+///     let greeting = config::get("greeting");
+///     let greet = |(index, event): (usize, &Event)| {
+///         delivery::turn(index);
+///         tidegate_plugin::info!("greeted", id = event.id, with = greeting.is_some());
+///         Ok(())
+///     };
+///     events.iter().enumerate().map(greet).collect()
+/// }
+/// # fn greet(_: Event) {}
+/// # fn main() {}
+/// ```
+///
+/// A function may look whether the plugin can work at all, before a new version takes over. It takes nothing and gives
+/// back a `Result<(), E>` whose error can be shown, and refuses the version. Key-value data is empty while it runs, and
+/// nothing that it writes is kept:
 ///
 /// ```
 /// # use tidegate_plugin::Event;
@@ -105,6 +135,21 @@ macro_rules! plugin {
         #[cfg(not(target_family = "wasm"))]
         const _: fn() = || $crate::__export::check(&$handler);
     };
+    ($handler:path, batch $(, self_check = $self_check:path)?) => {
+        $crate::plugin!($handler $(, self_check = $self_check)?);
+
+        #[cfg(target_family = "wasm")]
+        $crate::__export_batch!(|events| $crate::__export::call_in_turn(&$handler, events));
+    };
+    ($handler:path, batch = $batch:path $(, self_check = $self_check:path)?) => {
+        $crate::plugin!($handler $(, self_check = $self_check)?);
+
+        #[cfg(target_family = "wasm")]
+        $crate::__export_batch!(|events| $crate::__export::call_batch(&$batch, events));
+
+        #[cfg(not(target_family = "wasm"))]
+        const _: fn() = || $crate::__export::check_batch(&$batch);
+    };
     ($handler:path, self_check = $self_check:path) => {
         $crate::plugin!($handler);
 
@@ -126,11 +171,36 @@ macro_rules! plugin {
     };
 }
 
+/// A part of what [`plugin!`] expands to. Not for use by hand.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __export_batch {
+    ($call:expr) => {
+        const _: () = {
+            struct Batched;
+
+            impl $crate::__export::BatchGuest for Batched {
+                fn handle_batch(
+                    events: ::std::vec::Vec<$crate::__export::Event>,
+                ) -> ::std::vec::Vec<
+                    ::core::result::Result<::core::option::Option<$crate::__export::Reply>, $crate::__export::Failure>,
+                > {
+                    let call: fn(::std::vec::Vec<$crate::__export::Event>) -> _ = $call;
+                    call(events)
+                }
+            }
+
+    $crate::__export::export_batch!(Batched with_types_in $crate::bindings::batch);
+        };
+    };
+}
+
 /// What [`plugin!`] expands to. Not for use by hand: it changes without notice.
 #[doc(hidden)]
 pub mod __export {
     #[cfg(target_family = "wasm")]
     pub use crate::bindings::{
+        batch::{export_batch, exports::tidegate::plugin::batch_handler::Guest as BatchGuest},
         export,
         exports::tidegate::plugin::handler::{Event, Failure, Guest, Reply},
         self_check::{export_self_check, exports::tidegate::plugin::lifecycle::Guest as SelfCheck},
@@ -141,7 +211,32 @@ pub mod __export {
     pub fn call<Arguments>(handler: &impl crate::Handler<Arguments>, event: Event) -> Result<Option<Reply>, Failure> {
         #[cfg(feature = "panic-log")]
         crate::log::panics();
-        match handler.call(event.into()) {
+        answer(handler.call(event.into()))
+    }
+
+    /// One call with many events, each handled in its turn.
+    #[cfg(target_family = "wasm")]
+    pub fn call_in_turn<Arguments>(
+        handler: &impl crate::Handler<Arguments>,
+        events: Vec<Event>,
+    ) -> Vec<Result<Option<Reply>, Failure>> {
+        #[cfg(feature = "panic-log")]
+        crate::log::panics();
+        crate::handler::in_turn(handler, events.into_iter().map(Into::into)).into_iter().map(answer).collect()
+    }
+
+    /// One call with many events, all handled at once.
+    #[cfg(target_family = "wasm")]
+    pub fn call_batch(handler: &impl crate::BatchHandler, events: Vec<Event>) -> Vec<Result<Option<Reply>, Failure>> {
+        #[cfg(feature = "panic-log")]
+        crate::log::panics();
+        let events: Vec<crate::Event> = events.into_iter().map(Into::into).collect();
+        handler.call(&events).into_iter().map(answer).collect()
+    }
+
+    #[cfg(target_family = "wasm")]
+    fn answer(result: Result<Option<crate::Reply>, crate::Failure>) -> Result<Option<Reply>, Failure> {
+        match result {
             Ok(reply) => Ok(reply.map(Into::into)),
             Err(failure) => Err(failure.into()),
         }
@@ -157,4 +252,8 @@ pub mod __export {
     /// Makes the compiler look at the handler where there is nothing to export.
     #[cfg(not(target_family = "wasm"))]
     pub fn check<Arguments>(_handler: &impl crate::Handler<Arguments>) {}
+
+    /// The same for a handler of batches.
+    #[cfg(not(target_family = "wasm"))]
+    pub fn check_batch(_handler: &impl crate::BatchHandler) {}
 }

@@ -23,7 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use globset::{GlobBuilder, GlobMatcher};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{Event, Failure, Fault, Handler, Reply, host, log::Level};
+use crate::{BatchHandler, Event, Failure, Fault, Handler, Reply, handler::in_turn, host, log::Level};
 
 thread_local! {
     static STATE: RefCell<State> = RefCell::new(State::default());
@@ -123,25 +123,49 @@ impl Host {
 
     /// Calls the handler. What a failed attempt wrote and published is undone; what it logged stays.
     pub fn deliver<Arguments>(&self, handler: impl Handler<Arguments>, event: Event) -> Result<Option<Reply>, Failure> {
-        let (values, published) = with_state(|state| (state.values.clone(), state.published.len()));
+        with_state(|state| state.deliver(1));
         let result = handler.call(event);
-        if result.is_err() {
-            with_state(|state| {
-                state.values = values;
-                state.published.truncate(published);
-            });
-        }
+        with_state(|state| state.end(&[result.is_ok()]));
         result
+    }
+
+    /// Calls the handler with all of these events in one call, each in its turn, as `plugin!(handler, batch)` does.
+    pub fn deliver_all<Arguments>(
+        &self,
+        handler: impl Handler<Arguments>,
+        events: Vec<Event>,
+    ) -> Vec<Result<Option<Reply>, Failure>> {
+        with_state(|state| state.deliver(events.len()));
+        let results = in_turn(&handler, events);
+        with_state(|state| state.end(&successes(&results)));
+        results
+    }
+
+    /// Calls a handler of batches, that of `plugin!(_, batch = handler)`. An event sees nothing of what the others write.
+    /// A number of results other than that of the events decides nothing: all is undone.
+    pub fn deliver_batch(&self, handler: impl BatchHandler, events: &[Event]) -> Vec<Result<Option<Reply>, Failure>> {
+        with_state(|state| state.deliver(events.len()));
+        let results = handler.call(events);
+        let successes = if results.len() == events.len() { successes(&results) } else { Vec::new() };
+        with_state(|state| state.end(&successes));
+        results
     }
 
     /// Keeps a value before a delivery, also in a bucket that is not granted.
     pub fn set_kv(&self, bucket: &str, key: &str, value: impl Into<Vec<u8>>) {
-        with_state(|state| state.values.entry(bucket.to_owned()).or_default().insert(key.to_owned(), value.into()));
+        with_state(|state| {
+            state.settle();
+            state.values.entry(bucket.to_owned()).or_default().insert(key.to_owned(), value.into());
+            state.begin(1);
+        });
     }
 
     /// What is kept under a key.
     pub fn kv(&self, bucket: &str, key: &str) -> Option<Vec<u8>> {
-        with_state(|state| state.values.get(bucket)?.get(key).cloned())
+        with_state(|state| {
+            state.settle();
+            state.values.get(bucket)?.get(key).cloned()
+        })
     }
 
     /// The number that is kept under a key.
@@ -156,8 +180,15 @@ impl Host {
 
     /// All events published so far by attempts that succeeded.
     pub fn published(&self) -> Vec<Published> {
-        with_state(|state| state.published.clone())
+        with_state(|state| {
+            state.settle();
+            state.published.clone()
+        })
     }
+}
+
+fn successes(results: &[Result<Option<Reply>, Failure>]) -> Vec<bool> {
+    results.iter().map(Result::is_ok).collect()
 }
 
 /// A line that a handler logged.
@@ -211,8 +242,49 @@ pub(crate) struct State {
     pub(crate) remaining_ms: u64,
     pub(crate) replay: bool,
     pub(crate) logs: Vec<LogLine>,
+    /// How many ids of published events were given away.
+    pub(crate) ids: usize,
+    /// The attempt in progress.
+    pub(crate) work: Work,
+    published: Vec<Published>,
+    values: Values,
+    turn: usize,
+    /// Whether the handler has said whose turn it is, or there is only one.
+    is_said: bool,
+    /// The attempts of the call whose turn it is not.
+    others: BTreeMap<usize, Work>,
+}
+
+/// Values by bucket and key.
+type Values = BTreeMap<String, BTreeMap<String, Vec<u8>>>;
+
+/// What one attempt sees and wants done.
+#[derive(Debug, Default)]
+pub(crate) struct Work {
     pub(crate) published: Vec<Published>,
-    values: BTreeMap<String, BTreeMap<String, Vec<u8>>>,
+    values: Values,
+    changes: Vec<(String, String, Change)>,
+}
+
+/// What is done to a value.
+#[derive(Debug, Clone)]
+pub(crate) enum Change {
+    Set(Vec<u8>),
+    Delete,
+    Add(i64),
+}
+
+impl Change {
+    fn apply(self, values: &mut BTreeMap<String, Vec<u8>>, key: String) {
+        match self {
+            Self::Set(value) => drop(values.insert(key, value)),
+            Self::Delete => drop(values.remove(&key)),
+            Self::Add(by) => {
+                let before = values.get(&key).and_then(|bytes| host::number(bytes)).unwrap_or_default();
+                values.insert(key, before.saturating_add(by).to_string().into_bytes());
+            }
+        }
+    }
 }
 
 impl Default for State {
@@ -227,8 +299,13 @@ impl Default for State {
             remaining_ms: 30_000,
             replay: false,
             logs: Vec::new(),
+            ids: 0,
+            work: Work::default(),
             published: Vec::new(),
             values: BTreeMap::new(),
+            turn: 0,
+            is_said: true,
+            others: BTreeMap::new(),
         }
     }
 }
@@ -236,7 +313,66 @@ impl Default for State {
 impl State {
     pub(crate) fn bucket(&mut self, name: &str) -> Result<&mut BTreeMap<String, Vec<u8>>, Fault> {
         self.grants.bucket(name)?;
-        Ok(self.values.entry(name.to_owned()).or_default())
+        Ok(self.work.values.entry(name.to_owned()).or_default())
+    }
+
+    pub(crate) fn write(&mut self, bucket: &str, key: &str, change: Change) -> Result<(), Fault> {
+        self.check_turn()?;
+        change.clone().apply(self.bucket(bucket)?, key.to_owned());
+        self.work.changes.push((bucket.to_owned(), key.to_owned(), change));
+        Ok(())
+    }
+
+    pub(crate) fn check_turn(&self) -> Result<(), Fault> {
+        match self.is_said {
+            true => Ok(()),
+            false => Err(Fault::new("no-turn", "in a batch, delivery::turn says whose event it is")),
+        }
+    }
+
+    #[expect(clippy::panic, reason = "a call that the host would end is a test that fails")]
+    pub(crate) fn take_turn(&mut self, index: u32) {
+        let next = usize::try_from(index).unwrap_or(usize::MAX);
+        self.is_said = true;
+        if next == self.turn {
+            return;
+        }
+        let Some(work) = self.others.remove(&next) else {
+            panic!("there is no turn {index}: the call has {} events", self.others.len().saturating_add(1));
+        };
+        self.others.insert(self.turn, core::mem::replace(&mut self.work, work));
+        self.turn = next;
+    }
+
+    /// What is done outside of a delivery succeeds.
+    fn settle(&mut self) {
+        self.end(&[true]);
+    }
+
+    /// Begins the attempts of a call.
+    fn deliver(&mut self, count: usize) {
+        self.settle();
+        self.begin(count);
+    }
+
+    /// Begins this many attempts, none of which sees what another writes.
+    fn begin(&mut self, count: usize) {
+        let fresh = || Work { values: self.values.clone(), ..Work::default() };
+        self.others = (1..count).map(|index| (index, fresh())).collect();
+        self.work = fresh();
+        (self.turn, self.is_said) = (0, count == 1);
+    }
+
+    /// Carries out what the successful attempts want done, in their order, and forgets the others.
+    fn end(&mut self, successes: &[bool]) {
+        self.others.insert(self.turn, core::mem::take(&mut self.work));
+        for ((_, work), _) in core::mem::take(&mut self.others).into_iter().zip(successes).filter(|(_, ok)| **ok) {
+            for (bucket, key, change) in work.changes {
+                change.apply(self.values.entry(bucket).or_default(), key);
+            }
+            self.published.extend(work.published);
+        }
+        self.begin(1);
     }
 }
 
@@ -324,6 +460,46 @@ mod tests {
 
     const MANIFEST: &str =
         "name = \"sample\"\nversion = \"1.0.0\"\n[capabilities]\nkv = [\"seen\"]\nevents = [\"shop.totals.*\"]\n";
+
+    #[test]
+    fn of_a_batch_each_event_keeps_its_own_effects() {
+        fn count(event: Event) -> Result<(), Failure> {
+            let seen = kv::bucket("seen").increment("n", 1)?;
+            events::publish("shop.totals.update", &json!({ "seen": seen }))?;
+            match event.sequence {
+                2 => Err(Failure::reject("no", "the second fails")),
+                _ => Ok(()),
+            }
+        }
+        let host = Host::new();
+        let events = (1..=3).map(|sequence| Event { sequence, ..event("a.b.c", &json!({})) }).collect();
+        let results = host.deliver_all(count, events);
+        assert_eq!(results.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, true]);
+        assert_eq!(host.kv_number("seen", "n"), Some(2));
+        let seen: Vec<serde_json::Value> = host.published().iter().map(|event| event.json().unwrap()).collect();
+        assert_eq!(seen, [json!({"seen": 1}), json!({"seen": 1})], "an event sees nothing of the others");
+    }
+
+    #[test]
+    fn a_handler_of_batches_says_whose_turn_it_is() {
+        fn all(events: &[Event]) -> Vec<Result<(), Failure>> {
+            assert_eq!(kv::bucket("seen").increment("n", 1).unwrap_err().code, "no-turn");
+            assert_eq!(crate::events::publish("a.b.c", &1).unwrap_err().code, "no-turn");
+            let write = |(index, event): (usize, &Event)| {
+                crate::delivery::turn(index);
+                Ok(kv::bucket("seen").set(&event.id, "x")?)
+            };
+            let mut results: Vec<_> = events.iter().enumerate().rev().map(write).collect();
+            results.truncate(2);
+            results
+        }
+        let host = Host::new();
+        let named = |id: &str| Event { id: id.to_owned(), ..event("a.b.c", &json!({})) };
+        assert_eq!(host.deliver_batch(all, &[named("a"), named("b")]).len(), 2);
+        assert!(host.kv("seen", "a").is_some() && host.kv("seen", "b").is_some());
+        assert_eq!(host.deliver_batch(all, &[named("c"), named("d"), named("e")]).len(), 2);
+        assert_eq!(host.kv("seen", "c"), None, "two answers to three events decide nothing");
+    }
 
     #[test]
     fn a_failed_attempt_leaves_nothing_behind_but_its_log() {

@@ -60,6 +60,7 @@ impl Server {
             .args(["serve", "--listen", &listen])
             .args(arguments)
             .env_remove("RUST_LOG")
+            .env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(file)

@@ -4,7 +4,7 @@ use super::Attributes;
 use crate::{
     Fault,
     log::Level,
-    testing::{LogLine, Published, with_state},
+    testing::{Change, LogLine, Published, with_state},
 };
 
 pub(crate) fn log(level: Level, message: &str, fields: Attributes) {
@@ -39,29 +39,27 @@ pub(crate) fn is_replay() -> bool {
     with_state(|state| state.replay)
 }
 
+/// Outside of a batch there is one turn, and it has begun.
+pub(crate) fn turn(index: u32) {
+    with_state(|state| state.take_turn(index));
+}
+
 pub(crate) fn kv_get(bucket: &str, key: &str) -> Result<Option<Vec<u8>>, Fault> {
     with_state(|state| Ok(state.bucket(bucket)?.get(key).cloned()))
 }
 
 /// Nothing expires here: a test is over before a lifetime is.
 pub(crate) fn kv_set(bucket: &str, key: &str, value: Vec<u8>, _ttl_s: Option<u32>) -> Result<(), Fault> {
-    with_state(|state| {
-        state.bucket(bucket)?.insert(key.to_owned(), value);
-        Ok(())
-    })
+    with_state(|state| state.write(bucket, key, Change::Set(value)))
 }
 
 pub(crate) fn kv_delete(bucket: &str, key: &str) -> Result<(), Fault> {
-    with_state(|state| {
-        state.bucket(bucket)?.remove(key);
-        Ok(())
-    })
+    with_state(|state| state.write(bucket, key, Change::Delete))
 }
 
 pub(crate) fn kv_increment(bucket: &str, key: &str, by: i64) -> Result<i64, Fault> {
     with_state(|state| {
-        let values = state.bucket(bucket)?;
-        let before = match values.get(key) {
+        let before = match state.bucket(bucket)?.get(key) {
             None => 0,
             Some(bytes) => number(bytes).ok_or_else(|| {
                 Fault::new("invalid-value", format!("value of {key} in bucket {bucket} is not a number"))
@@ -70,7 +68,7 @@ pub(crate) fn kv_increment(bucket: &str, key: &str, by: i64) -> Result<i64, Faul
         let sum = before
             .checked_add(by)
             .ok_or_else(|| Fault::new("invalid-value", format!("value of {key} in bucket {bucket} would overflow")))?;
-        values.insert(key.to_owned(), sum.to_string().into_bytes());
+        state.write(bucket, key, Change::Add(by))?;
         Ok(sum)
     })
 }
@@ -83,8 +81,10 @@ pub(crate) fn publish(
 ) -> Result<String, Fault> {
     with_state(|state| {
         state.grants.publish(event_type)?;
-        let id = format!("test-published-{}", state.published.len().saturating_add(1));
-        state.published.push(Published {
+        state.check_turn()?;
+        state.ids = state.ids.saturating_add(1);
+        let id = format!("test-published-{}", state.ids);
+        state.work.published.push(Published {
             id: id.clone(),
             event_type: event_type.to_owned(),
             content_type: content_type.to_owned(),

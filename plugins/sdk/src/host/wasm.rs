@@ -41,6 +41,10 @@ pub(crate) fn is_replay() -> bool {
     imported::delivery::is_replay()
 }
 
+pub(crate) fn turn(index: u32) {
+    imported::delivery::turn(index);
+}
+
 pub(crate) fn kv_get(bucket: &str, key: &str) -> Result<Option<Vec<u8>>, Fault> {
     imported::kv::get(bucket, key).map_err(Fault::from)
 }

@@ -1,0 +1,256 @@
+//! What the host adds to a call of a guest: a handler that does nothing, against wasmtime by hand with the same settings.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tidegate::handler::KvRead;
+use tidegate::host::component::{componentise, embed_manifest};
+use tidegate::host::{Host, Options};
+use tidegate::{Call, Event, Handler, Payload, Source, Verdict};
+use wasmtime::component::{Component, ComponentType, InstancePre, Lift, Linker, Lower, TypedFunc};
+use wasmtime::{Config, Enabled, InstanceAllocationStrategy, PoolingAllocationConfig, Store, UpdateDeadline};
+
+use super::support::{compare, payload, per_second};
+
+const CALLS: usize = 20_000;
+const BATCH: usize = 64;
+const FUEL: u64 = 500_000_000;
+
+pub(crate) fn run() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let raw = Raw::new();
+    let fresh = Ours::new(&runtime, "");
+    let reused = Ours::new(&runtime, "reuse = 1000000000\n");
+    let event = Arc::new(event());
+    compare(
+        "no-op handler, fresh instance per event, against wasmtime by hand",
+        "> 0.8",
+        || runtime.block_on(fresh.handle(&event)),
+        || runtime.block_on(raw.fresh(&event)),
+    );
+    compare(
+        "no-op handler, instance reused, against wasmtime by hand",
+        "1 µs",
+        || runtime.block_on(reused.handle(&event)),
+        || runtime.block_on(raw.reused(&event)),
+    );
+    compare(
+        "no-op handler, batch of 64 on fresh instances, against reused",
+        "> 1",
+        || runtime.block_on(fresh.batches(&event)),
+        || runtime.block_on(reused.handle(&event)),
+    );
+}
+
+fn event() -> Event {
+    let payload = Payload::json_text(payload()).unwrap();
+    let mut event = Event::new(Source::System, "shop.orders.create".parse().unwrap(), payload);
+    event.seq = Some(7);
+    event
+}
+
+/// A guest that succeeds with every event, alone or in a batch. It looks at none of them, so that all may lie in one place.
+fn guest() -> Vec<u8> {
+    let module = r#"(module
+        (memory (export "memory") 2)
+        (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) i32.const 1024)
+        (func (export "tidegate:plugin/handler@1.0.0#handle")
+            (param i32 i32 i64 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32) (result i32) i32.const 512)
+        (func (export "tidegate:plugin/batch-handler@1.0.0#handle-batch") (param i32 i32) (result i32)
+            (i32.store (i32.const 256) (i32.const 65536))
+            (i32.store (i32.const 260) (local.get 1))
+            i32.const 256))"#;
+    let world = "package tests:bench; world both {
+        export tidegate:plugin/handler@1.0.0; export tidegate:plugin/batch-handler@1.0.0; }";
+    let mut resolve = wit_parser::Resolve::default();
+    resolve.push_source("plugin.wit", include_str!("../wit/plugin.wit")).unwrap();
+    let package = resolve.push_source("bench.wit", world).unwrap();
+    let world = resolve.select_world(&[package], Some("both")).unwrap();
+    let mut module = wat::parse_str(module).unwrap();
+    wit_component::embed_component_metadata(&mut module, &resolve, world, wit_component::StringEncoding::UTF8).unwrap();
+    componentise(&module).unwrap()
+}
+
+struct Ours {
+    plugin: Arc<dyn Handler>,
+    _host: Host,
+}
+
+impl Ours {
+    fn new(runtime: &tokio::runtime::Runtime, manifest: &str) -> Self {
+        let host = Host::new(Options { instances: NonZeroU32::new(256).unwrap(), ..Options::default() }, None).unwrap();
+        let bytes = embed_manifest(&guest(), &format!("name = \"bench\"\nversion = \"1.0.0\"\n{manifest}")).unwrap();
+        let plugin = runtime.block_on(host.load("bench.wasm", bytes.into())).unwrap();
+        let name = host.activate(plugin).name().to_owned();
+        Self { plugin: host.handler(&name), _host: host }
+    }
+
+    async fn handle(&self, event: &Arc<Event>) -> f64 {
+        let call = call(event);
+        let began = Instant::now();
+        for _ in 0..CALLS {
+            assert_eq!(self.plugin.handle(call.clone()).await.verdict, Verdict::Ok);
+        }
+        per_second(CALLS, began)
+    }
+
+    async fn batches(&self, event: &Arc<Event>) -> f64 {
+        let calls = vec![call(event); BATCH];
+        let began = Instant::now();
+        for _ in 0..CALLS / BATCH {
+            assert_eq!(self.plugin.handle_batch(calls.clone()).await.unwrap().len(), BATCH);
+        }
+        per_second(CALLS / BATCH * BATCH, began)
+    }
+}
+
+fn call(event: &Arc<Event>) -> Call {
+    Call {
+        event: Arc::clone(event),
+        subscription: "bench".into(),
+        attempt: 1,
+        max_attempts: 4,
+        timeout: Duration::from_secs(30),
+        is_replay: false,
+        kv: Arc::new(Nothing),
+    }
+}
+
+struct Nothing;
+
+#[async_trait::async_trait]
+impl KvRead for Nothing {
+    async fn get(&self, _: &str, _: &str) -> tidegate::Result<Option<bytes::Bytes>> {
+        Ok(None)
+    }
+}
+
+#[derive(ComponentType, Lower)]
+#[component(record)]
+struct RawEvent<'a> {
+    id: &'a str,
+    sequence: u64,
+    #[component(name = "type")]
+    event_type: &'a str,
+    source: &'a str,
+    #[component(name = "created-at-ms")]
+    created_at_ms: u64,
+    #[component(name = "content-type")]
+    content_type: &'a str,
+    payload: &'a [u8],
+    attributes: &'a [(&'a str, &'a str)],
+}
+
+#[derive(ComponentType, Lift)]
+#[component(record)]
+#[expect(dead_code, reason = "only its shape matters")]
+struct RawReply {
+    #[component(name = "content-type")]
+    content_type: String,
+    body: Vec<u8>,
+}
+
+#[derive(ComponentType, Lift)]
+#[component(record)]
+#[expect(dead_code, reason = "only its shape matters")]
+struct RawFault {
+    code: String,
+    message: String,
+    details: Vec<(String, String)>,
+}
+
+#[derive(ComponentType, Lift)]
+#[component(record)]
+#[expect(dead_code, reason = "only its shape matters")]
+struct RawRetry {
+    fault: RawFault,
+    #[component(name = "after-ms")]
+    after_ms: Option<u32>,
+}
+
+#[derive(ComponentType, Lift)]
+#[component(variant)]
+#[expect(dead_code, reason = "only its shape matters")]
+enum RawFailure {
+    #[component(name = "retry")]
+    Retry(RawRetry),
+    #[component(name = "reject")]
+    Reject(RawFault),
+}
+
+type Answer = Result<Option<RawReply>, RawFailure>;
+type Handle<'a> = TypedFunc<(RawEvent<'a>,), (Answer,)>;
+
+/// wasmtime with the host's settings, and nothing else.
+struct Raw {
+    engine: wasmtime::Engine,
+    pre: InstancePre<()>,
+}
+
+impl Raw {
+    fn new() -> Self {
+        let mut pool = PoolingAllocationConfig::new();
+        pool.total_component_instances(256).total_stacks(256).max_memory_size(64 << 20);
+        if PoolingAllocationConfig::is_pagemap_scan_available() {
+            pool.pagemap_scan(Enabled::Yes).linear_memory_keep_resident(128 << 10).table_keep_resident(64 << 10);
+        }
+        let mut config = Config::new();
+        config.epoch_interruption(true).consume_fuel(true).concurrency_support(false);
+        config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
+        let engine = wasmtime::Engine::new(&config).unwrap();
+        let component = Component::from_binary(&engine, &guest()).unwrap();
+        let pre = Linker::new(&engine).instantiate_pre(&component).unwrap();
+        Self { engine, pre }
+    }
+
+    async fn instance(&self) -> (Store<()>, wasmtime::component::Func) {
+        let mut store = Store::new(&self.engine, ());
+        store.set_fuel(FUEL).unwrap();
+        store.set_epoch_deadline(1);
+        store.epoch_deadline_callback(|_| Ok(UpdateDeadline::Yield(1)));
+        let instance = self.pre.instantiate_async(&mut store).await.unwrap();
+        let handler = instance.get_export_index(&mut store, None, "tidegate:plugin/handler@1.0.0").unwrap();
+        let handle = instance.get_export_index(&mut store, Some(&handler), "handle").unwrap();
+        let function = instance.get_func(&mut store, handle).unwrap();
+        (store, function)
+    }
+
+    async fn fresh(&self, event: &Event) -> f64 {
+        let began = Instant::now();
+        for _ in 0..CALLS {
+            let (mut store, function) = self.instance().await;
+            let handle = function.typed(&store).unwrap();
+            assert!(called(&mut store, &handle, event).await);
+        }
+        per_second(CALLS, began)
+    }
+
+    async fn reused(&self, event: &Event) -> f64 {
+        let (mut store, function) = self.instance().await;
+        let handle = function.typed(&store).unwrap();
+        let began = Instant::now();
+        for _ in 0..CALLS {
+            store.set_fuel(FUEL).unwrap();
+            assert!(called(&mut store, &handle, event).await);
+        }
+        per_second(CALLS, began)
+    }
+}
+
+/// The three attributes that an event of this type has.
+const ATTRIBUTES: &[(&str, &str)] = &[("schema", "shop"), ("entity", "orders"), ("operation", "create")];
+
+async fn called<'a>(store: &mut Store<()>, handle: &Handle<'a>, event: &'a Event) -> bool {
+    let event = RawEvent {
+        id: event.id.as_str(),
+        sequence: event.seq.unwrap_or_default(),
+        event_type: event.event_type.as_str(),
+        source: event.source.as_str(),
+        created_at_ms: 0,
+        content_type: event.payload.content_type(),
+        payload: event.payload.bytes(),
+        attributes: ATTRIBUTES,
+    };
+    handle.call_async(store, (event,)).await.unwrap().0.is_ok()
+}
