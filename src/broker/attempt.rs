@@ -12,6 +12,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
+use tokio::time::Instant;
 
 use super::chain;
 use super::lanes::{Binding, Job, Turn};
@@ -21,6 +22,7 @@ use crate::delivery::{Fault, Verdict};
 use crate::error::Result;
 use crate::event::now;
 use crate::handler::{Call, KvRead, Outcome};
+use crate::provider::Lease;
 
 /// How long after its timeout a handler that keeps time itself is ended for it.
 const MOMENT: Duration = Duration::from_secs(1);
@@ -36,12 +38,12 @@ pub(super) async fn work(shared: Arc<Shared>) {
     let mut ended = Vec::with_capacity(TOGETHER);
     loop {
         let (turn, hungry) = shared.lanes.next(finished.take().as_ref());
-        let busy = matches!(turn, Turn::Attempt(_));
+        let busy = matches!(turn, Turn::Work(_));
         let refilled = hungry && shared.refill(busy).await;
         match turn {
-            Turn::Attempt(job) => {
+            Turn::Work(job) => {
                 finished = Some(Arc::clone(&job.binding));
-                attempt(&shared, job, &mut ended).await;
+                attempts(&shared, job, &mut ended).await;
                 if ended.len() == TOGETHER || ended.last().is_some_and(|last| last.duration > SHORT) {
                     shared.settle(&mut ended).await;
                 }
@@ -54,8 +56,28 @@ pub(super) async fn work(shared: Arc<Shared>) {
     }
 }
 
-async fn attempt(shared: &Arc<Shared>, Job { binding, lease, began }: Job, ended: &mut Vec<Ended>) {
-    let call = Call {
+/// Makes the attempts of a job: in one call where the handler takes several, else one after the other.
+async fn attempts(shared: &Arc<Shared>, Job { binding, leases, began }: Job, ended: &mut Vec<Ended>) {
+    if leases.len() > 1 {
+        shared.settle(ended).await;
+        let (started_at, calls) = (now(), leases.iter().map(|lease| call(shared, &binding, lease)).collect());
+        if let Some(outcomes) = together(&binding, calls).await.filter(|outcomes| outcomes.len() == leases.len()) {
+            let duration = began.elapsed();
+            for (lease, outcome) in leases.into_iter().zip(outcomes) {
+                let binding = Arc::clone(&binding);
+                let outcome = within_chain(shared, &lease, outcome).await;
+                ended.push(Ended { lease, binding, outcome, started_at, duration });
+            }
+            return;
+        }
+    }
+    for lease in leases {
+        attempt(shared, &binding, lease, ended).await;
+    }
+}
+
+fn call(shared: &Arc<Shared>, binding: &Binding, lease: &Lease) -> Call {
+    Call {
         event: Arc::clone(&lease.event),
         subscription: Arc::clone(&binding.name),
         attempt: lease.attempt,
@@ -63,35 +85,54 @@ async fn attempt(shared: &Arc<Shared>, Job { binding, lease, began }: Job, ended
         timeout: binding.timeout,
         is_replay: lease.is_replay,
         kv: Arc::clone(shared) as Arc<dyn KvRead>,
-    };
-    let started_at = now();
+    }
+}
+
+async fn attempt(shared: &Arc<Shared>, binding: &Arc<Binding>, lease: Lease, ended: &mut Vec<Ended>) {
+    let (began, started_at) = (Instant::now(), now());
     let outcome = {
-        let mut handling = pin!(AssertUnwindSafe(binding.handler.handle(call)).catch_unwind());
+        let mut handling = pin!(AssertUnwindSafe(binding.handler.handle(call(shared, binding, &lease))).catch_unwind());
         // What ends at once needs no timer.
         match poll_once(handling.as_mut()).await {
             Poll::Ready(outcome) => outcome.unwrap_or_else(|panic| panicked(&*panic)),
             Poll::Pending => {
                 shared.settle(ended).await;
-                patiently(&binding, handling).await
+                patiently(binding, handling).await
             }
         }
     };
+    let outcome = within_chain(shared, &lease, outcome).await;
+    let duration = began.elapsed();
+    ended.push(Ended { lease, binding: Arc::clone(binding), outcome, started_at, duration });
+}
+
+async fn within_chain(shared: &Shared, lease: &Lease, outcome: Outcome) -> Outcome {
     let publishes = !outcome.effects.published.is_empty();
-    let outcome = if publishes { chain::bounded(shared, &lease.event, outcome).await } else { outcome };
-    ended.push(Ended { lease, binding, outcome, started_at, duration: began.elapsed() });
+    if publishes { chain::bounded(shared, &lease.event, outcome).await } else { outcome }
+}
+
+/// Makes several attempts in one call. `None` when that did not work out: then it never was.
+async fn together(binding: &Binding, calls: Vec<Call>) -> Option<Vec<Outcome>> {
+    let handling = AssertUnwindSafe(binding.handler.handle_batch(calls)).catch_unwind();
+    tokio::time::timeout(binding.patience(), handling).await.ok()?.ok()?
 }
 
 /// Waits for a handler within its timeout; a panic becomes a trap.
 async fn patiently(binding: &Binding, handling: impl Future<Output = std::thread::Result<Outcome>>) -> Outcome {
-    let timeout = binding.timeout;
-    let patience = if binding.handler.keeps_time() { timeout.saturating_add(MOMENT) } else { timeout };
-    match tokio::time::timeout(patience, handling).await {
+    match tokio::time::timeout(binding.patience(), handling).await {
         Ok(Ok(outcome)) => outcome,
         Ok(Err(panic)) => panicked(&*panic),
         Err(_) => {
-            let message = format!("the attempt took longer than {timeout:?}");
+            let message = format!("the attempt took longer than {:?}", binding.timeout);
             Outcome::failed(Verdict::Timeout, Fault::new("timeout", message))
         }
+    }
+}
+
+impl Binding {
+    /// How long a call is waited for.
+    fn patience(&self) -> Duration {
+        if self.handler.keeps_time() { self.timeout.saturating_add(MOMENT) } else { self.timeout }
     }
 }
 

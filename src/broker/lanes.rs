@@ -46,10 +46,10 @@ struct Queued {
     since: Instant,
 }
 
-/// One attempt for a worker to make.
+/// What a worker takes on at once: one attempt, or as many as the handler takes in one call.
 pub(super) struct Job {
     pub(super) binding: Arc<Binding>,
-    pub(super) lease: Lease,
+    pub(super) leases: SmallVec<[Lease; 1]>,
     /// When a worker took it.
     pub(super) began: Instant,
 }
@@ -224,8 +224,8 @@ pub(super) struct Lanes {
 
 /// What a worker does next.
 pub(super) enum Turn {
-    /// This attempt.
-    Attempt(Job),
+    /// This.
+    Work(Job),
     /// Waits for [`Lanes::work`].
     Wait,
     /// Goes home.
@@ -455,7 +455,7 @@ impl Lanes {
             None => state.searching = false,
         }
         let (turn, hungry) = match state.take_job() {
-            Some((job, hungry)) => (Turn::Attempt(job), hungry || state.news),
+            Some((job, hungry)) => (Turn::Work(job), hungry || state.news),
             None if state.closed => {
                 // A worker that was not waiting yet when the lanes were closed hears of it from the one before it.
                 self.work.notify_one();
@@ -591,18 +591,23 @@ impl State {
             if !lane.is_runnable() {
                 continue;
             }
-            let Some(Queued { lease, since }) = lane.queue.pop_front() else { continue };
-            let began = Instant::now();
-            let wait = began.saturating_duration_since(since);
+            let (began, mut leases) = (Instant::now(), SmallVec::new());
+            let most = lane.binding.handler.max_batch().max(1);
+            while leases.len() < most
+                && let Some(Queued { lease, since }) = lane.queue.pop_front()
+            {
+                let wait = began.saturating_duration_since(since);
+                lane.window.waited(wait);
+                lane.binding.metrics.queue_wait.observe(wait.as_secs_f64());
+                leases.push(lease);
+            }
             lane.running += 1;
-            lane.window.waited(wait);
-            lane.binding.metrics.queue_wait.observe(wait.as_secs_f64());
             let hungry = lane.hinted && lane.queue.len() <= lane.window.ahead / 2;
             let binding = Arc::clone(&lane.binding);
-            self.queued -= 1;
+            self.queued -= leases.len();
             self.running += 1;
             self.take_turn(id);
-            return Some((Job { binding, lease, began }, hungry));
+            return Some((Job { binding, leases, began }, hungry));
         }
         None
     }

@@ -725,3 +725,85 @@ async fn nothing_is_forgotten_when_publishers_and_workers_race() {
         panic!("{} of {EVENTS} handled; {:?}", handled.load(Ordering::SeqCst), rig.broker.stats().await.unwrap());
     }
 }
+
+/// Takes up to eight events in one call; how many came together is written down. A batch with a poison event in it
+/// comes to nothing, and the poison is refused when it comes alone.
+struct Batches {
+    calls: Mutex<Vec<usize>>,
+}
+
+#[async_trait::async_trait]
+impl Handler for Batches {
+    async fn handle(&self, call: Call) -> tidegate::handler::Outcome {
+        self.calls.lock().unwrap().push(1);
+        if call.event.id.as_str() == "poison" {
+            return tidegate::handler::Outcome::failed(Verdict::Reject, Fault::new("poison", "refused"));
+        }
+        tidegate::handler::Outcome::ok()
+    }
+
+    fn max_batch(&self) -> usize {
+        8
+    }
+
+    async fn handle_batch(&self, calls: Vec<Call>) -> Option<Vec<tidegate::handler::Outcome>> {
+        self.calls.lock().unwrap().push(calls.len());
+        match calls.iter().any(|call| call.event.id.as_str() == "poison") {
+            true if calls.len() % 2 == 0 => panic!("one of them is bad"),
+            true => None,
+            false => Some(calls.iter().map(|_| tidegate::handler::Outcome::ok()).collect()),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn events_that_wait_are_handed_over_together_and_each_has_one_attempt() {
+    let mut rig = Rig::start().await;
+    let handler = Arc::new(Batches { calls: Mutex::default() });
+    rig.broker.declare(subscription("s", "*")).await.unwrap();
+    for n in 0..20 {
+        rig.broker.publish(event_with_id("a.b", &format!("e-{n}"))).await.unwrap();
+    }
+    rig.on("s", "*", Arc::clone(&handler) as Arc<dyn Handler>).await;
+    for n in 0..20 {
+        let detail = rig
+            .broker
+            .publish_sync(event_with_id("a.b", &format!("e-{n}")), Duration::from_secs(60))
+            .await
+            .unwrap()
+            .detail;
+        assert_eq!((detail.record.status, detail.deliveries[0].attempts.len()), (Status::Completed, 1), "e-{n}");
+    }
+    let calls = handler.calls.lock().unwrap().clone();
+    assert_eq!((calls.iter().sum::<usize>(), calls.iter().max()), (20, Some(&8)), "{calls:?}");
+    rig.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_that_comes_to_nothing_is_made_up_for_one_by_one() {
+    for others in [6, 7] {
+        let mut rig = Rig::start().await;
+        let handler = Arc::new(Batches { calls: Mutex::default() });
+        rig.broker.declare(subscription("s", "*")).await.unwrap();
+        rig.broker.publish(event_with_id("a.b", "poison")).await.unwrap();
+        for n in 0..others {
+            rig.broker.publish(event_with_id("a.b", &format!("e-{n}"))).await.unwrap();
+        }
+        rig.on("s", "*", Arc::clone(&handler) as Arc<dyn Handler>).await;
+        let poison =
+            rig.broker.publish_sync(event_with_id("a.b", "poison"), Duration::from_secs(60)).await.unwrap().detail;
+        assert_eq!(poison.deliveries[0].verdict, Some(Verdict::Reject));
+        for n in 0..others {
+            let detail = rig
+                .broker
+                .publish_sync(event_with_id("a.b", &format!("e-{n}")), Duration::from_secs(60))
+                .await
+                .unwrap()
+                .detail;
+            assert_eq!((detail.record.status, detail.deliveries[0].attempts.len()), (Status::Completed, 1), "e-{n}");
+        }
+        let calls = handler.calls.lock().unwrap().clone();
+        assert_eq!(calls, std::iter::once(others + 1).chain(std::iter::repeat_n(1, others + 1)).collect::<Vec<_>>());
+        rig.stop().await;
+    }
+}
