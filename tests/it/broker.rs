@@ -749,7 +749,7 @@ impl Handler for Batches {
     async fn handle_batch(&self, calls: Vec<Call>) -> Option<Vec<tidegate::handler::Outcome>> {
         self.calls.lock().unwrap().push(calls.len());
         match calls.iter().any(|call| call.event.id.as_str() == "poison") {
-            true if calls.len() % 2 == 0 => panic!("one of them is bad"),
+            true if calls.len().is_multiple_of(2) => panic!("one of them is bad"),
             true => None,
             false => Some(calls.iter().map(|_| tidegate::handler::Outcome::ok()).collect()),
         }
