@@ -2,7 +2,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check bench plugins plugins-test setup
+.PHONY: help quickstart test check bench plugins plugins-js plugins-test setup
 
 help: ## List these commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -27,6 +27,12 @@ bench: setup plugins ## Run the benchmarks that performance claims rest on
 
 plugins: setup ## Build every sample plugin and the one that misbehaves into target/plugins
 	cargo run --quiet -- plugin build plugins --all --output target/plugins
+
+plugins-js: ## Build the sample in JavaScript (needs Node.js with npm), serve it and check its answers
+	cd plugins/invoice-lines-js && npm install --no-save && npm run build
+	cargo run --quiet -- plugin embed plugins/invoice-lines-js/target/invoice-lines.wasm \
+		--manifest plugins/invoice-lines-js/plugin.toml --output target/plugins/
+	@scripts/try-js.sh
 
 plugins-test: ## Test the plugin SDK and the samples, natively
 	cargo test --quiet --manifest-path plugins/Cargo.toml

@@ -1,6 +1,6 @@
-//! `tidegate plugin build` and `tidegate plugin inspect`: what can be done with a plugin and no host.
+//! `tidegate plugin build`, `embed` and `inspect`: what can be done with a plugin and no host.
 //!
-//! Neither runs a line of the plugin. What talks to a running host lives elsewhere.
+//! None runs a line of the plugin. What talks to a running host lives elsewhere.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -28,6 +28,23 @@ pub struct BuildArgs {
     #[arg(long)]
     pub all: bool,
     /// Print what was built as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `plugin embed`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct EmbedArgs {
+    /// What the other tool made: a component, or a core module that holds the types of its world
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// The manifest, which takes the place of any that the component has
+    #[arg(short, long, value_name = "FILE", default_value = guest::MANIFEST_FILE)]
+    pub manifest: PathBuf,
+    /// Where the plugin goes: a file, or a folder (when it exists or ends in a slash), where it is called NAME.wasm
+    #[arg(short, long, value_name = "PATH")]
+    pub output: PathBuf,
+    /// Print what was made as JSON
     #[arg(long)]
     pub json: bool,
 }
@@ -70,7 +87,8 @@ struct Line<'a> {
     version: String,
     digest: String,
     size: usize,
-    target: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target: Option<&'a str>,
     file: PathBuf,
 }
 
@@ -82,29 +100,56 @@ pub fn build(args: &BuildArgs, out: &mut dyn Write) -> Result<()> {
     let guests = if args.all { Guest::find_all(&args.dir)? } else { vec![Guest::find(&args.dir)?] };
     let toolchain = Toolchain::find(&args.dir)?;
     for built in guest::build(&args.dir, &guests, &toolchain)? {
-        let file = output(args, &built.guest);
-        write_whole(&file, &built.component)?;
-        let line = Line {
-            name: &built.guest.manifest.name,
-            version: built.guest.manifest.version.to_string(),
-            digest: component::digest(&built.component),
-            size: built.component.len(),
-            target: toolchain.target(),
-            file,
-        };
-        match args.json {
-            true => writeln!(out, "{}", serde_json::to_string(&line)?)?,
-            false => writeln!(out, "{} {} {} {}", line.name, line.version, human(line.size), line.file.display())?,
-        }
+        let manifest = &built.guest.manifest;
+        let file =
+            args.output.as_deref().map_or_else(|| built.guest.default_output(), |to| output(to, args.all, manifest));
+        deliver(file, manifest, &built.component, Some(toolchain.target()), args.json, out)?;
     }
     Ok(())
 }
 
-/// Where a guest's component goes.
-fn output(args: &BuildArgs, guest: &Guest) -> PathBuf {
-    let Some(path) = &args.output else { return guest.default_output() };
-    let is_folder = args.all || path.is_dir() || path.as_os_str().to_string_lossy().ends_with('/');
-    if is_folder { path.join(format!("{}.wasm", guest.manifest.name)) } else { path.clone() }
+/// Makes a plugin of a component that another tool built, by embedding its manifest, and says where it is.
+///
+/// # Errors
+/// When a file cannot be read or written, the manifest is not valid, or the component is no plugin.
+pub fn embed(args: &EmbedArgs, out: &mut dyn Write) -> Result<()> {
+    let shown = args.file.display().to_string();
+    let text = String::from_utf8(read(&args.manifest)?).with_context(|| args.manifest.display().to_string())?;
+    let manifest = Manifest::parse(&text).with_context(|| args.manifest.display().to_string())?;
+    let plugin = component::componentise(&read(&args.file)?);
+    let plugin = plugin.and_then(|component| component::embed_manifest(&component, &text)).context(shown)?;
+    deliver(output(&args.output, false, &manifest), &manifest, &plugin, None, args.json, out)
+}
+
+/// Writes a plugin to its file and says so.
+fn deliver(
+    file: PathBuf,
+    manifest: &Manifest,
+    plugin: &[u8],
+    target: Option<&str>,
+    json: bool,
+    out: &mut dyn Write,
+) -> Result<()> {
+    write_whole(&file, plugin)?;
+    let line = Line {
+        name: &manifest.name,
+        version: manifest.version.to_string(),
+        digest: component::digest(plugin),
+        size: plugin.len(),
+        target,
+        file,
+    };
+    match json {
+        true => writeln!(out, "{}", serde_json::to_string(&line)?)?,
+        false => writeln!(out, "{} {} {} {}", line.name, line.version, human(line.size), line.file.display())?,
+    }
+    Ok(())
+}
+
+/// The file that a plugin goes to when it is told to go to `path`.
+fn output(path: &Path, is_folder: bool, manifest: &Manifest) -> PathBuf {
+    let is_folder = is_folder || path.is_dir() || path.as_os_str().to_string_lossy().ends_with('/');
+    if is_folder { path.join(format!("{}.wasm", manifest.name)) } else { path.to_owned() }
 }
 
 /// Writes beside the file and renames, so that whoever watches the folder never sees half a component.
@@ -137,19 +182,21 @@ fn open_to_readers(_file: &std::fs::File) -> std::io::Result<()> {
 /// # Errors
 /// When the file cannot be read or is no component with a manifest.
 pub fn inspect(args: &InspectArgs, out: &mut dyn Write) -> Result<()> {
-    let shown = || args.file.display().to_string();
-    let bytes = match std::fs::read(&args.file) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::not_found("file", shown()).into());
-        }
-        read => read.with_context(|| format!("cannot read {}", shown()))?,
-    };
-    let inspection = examine(&bytes).with_context(|| format!("plugin {}", args.file.display()))?;
+    let inspection = examine(&read(&args.file)?).with_context(|| format!("plugin {}", args.file.display()))?;
     match args.json {
         true => writeln!(out, "{}", serde_json::to_string_pretty(&inspection)?)?,
         false => show(&inspection, out)?,
     }
     Ok(())
+}
+
+fn read(file: &Path) -> Result<Vec<u8>> {
+    match std::fs::read(file) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(Error::not_found("file", file.display().to_string()).into())
+        }
+        read => read.with_context(|| format!("cannot read {}", file.display())),
+    }
 }
 
 /// Reads everything about a component that can be read without running it.
@@ -259,6 +306,54 @@ mod tests {
         let file = plugin_file(None);
         let error = format!("{:#}", inspected(file.path(), false).unwrap_err());
         assert!(error.contains("has no manifest") && error.contains("tidegate plugin build"), "{error}");
+    }
+
+    /// Embeds `manifest` in `component`, both written to a folder first where they are given.
+    fn embedded(component: Option<&[u8]>, manifest: Option<&[u8]>) -> Result<(String, Vec<u8>)> {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for (name, bytes) in [("made.wasm", component), ("plugin.toml", manifest)] {
+            bytes.into_iter().for_each(|bytes| std::fs::write(at(name), bytes).unwrap());
+        }
+        let args =
+            EmbedArgs { file: at("made.wasm"), manifest: at("plugin.toml"), output: at("handlers/"), json: true };
+        let mut out = Vec::new();
+        let result = embed(&args, &mut out);
+        assert_eq!(at("handlers").exists(), result.is_ok(), "a refusal leaves nothing behind");
+        result?;
+        let line: serde_json::Value = serde_json::from_slice(&out)?;
+        Ok((line["digest"].as_str().unwrap().to_owned(), std::fs::read(line["file"].as_str().unwrap())?))
+    }
+
+    #[test]
+    fn a_component_of_another_tool_becomes_a_plugin_and_a_manifest_that_it_has_is_replaced() {
+        for before in [None, Some("name = \"older\"\nversion = \"0.9.0\"\n")] {
+            let component = std::fs::read(plugin_file(before).path()).unwrap();
+            let (digest, plugin) = embedded(Some(&component), Some(MANIFEST.as_bytes())).unwrap();
+            let inspection = examine(&plugin).unwrap();
+            assert_eq!((inspection.manifest.name.as_str(), inspection.digest), ("sample", digest));
+            assert_eq!(inspection.interface, component::interface(&component).unwrap());
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_embedded_is_refused_by_its_file_and_reason() {
+        let good = std::fs::read(plugin_file(None).path()).unwrap();
+        let [empty_component, core] = ["(component)", "(module)"].map(|text| wat::parse_str(text).unwrap());
+        let manifest = MANIFEST.as_bytes();
+        for (component, manifest, file, reason) in [
+            (None, Some(manifest), "made.wasm", "not found"),
+            (Some(b"export const handler = {}".as_slice()), Some(manifest), "made.wasm", "is not WebAssembly"),
+            (Some(good.get(..good.len() - 3).unwrap()), Some(manifest), "made.wasm", "is damaged"),
+            (Some(&empty_component), Some(manifest), "made.wasm", "does not export the interface"),
+            (Some(&core), Some(manifest), "made.wasm", "does not export the interface"),
+            (Some(&good), None, "plugin.toml", "not found"),
+            (Some(&good), Some(b"name = \"sample\"\n"), "plugin.toml", "missing field `version`"),
+            (Some(&good), Some(b"\xff"), "plugin.toml", "utf-8"),
+        ] {
+            let error = format!("{:#}", embedded(component, manifest).unwrap_err());
+            assert!(error.contains(file) && error.contains(reason), "{file} {reason}: {error}");
+        }
     }
 
     #[test]

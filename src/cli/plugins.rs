@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::client::{self, Client};
 use super::exit::Exit;
-use super::plugin::{self, BuildArgs, InspectArgs, Inspection};
+use super::plugin::{self, BuildArgs, EmbedArgs, InspectArgs, Inspection};
 use super::table::{Table, short};
 use super::{print, print_line};
 use crate::config::{Config, Sources};
@@ -21,6 +21,8 @@ use crate::host::{self, Checked, CheckedFile, needed_grants};
 pub(super) enum Command {
     /// Build a plugin from its sources
     Build(BuildArgs),
+    /// Make a plugin of a component that another language's tools built: add its manifest
+    Embed(EmbedArgs),
     /// Show what a component, or a server's plugin, says about itself, without running it
     Inspect(InspectArgs),
     /// Verify components, compare them with their grants, compile and link them: all but serve them
@@ -48,6 +50,7 @@ impl Command {
     pub(super) fn is_json(&self) -> bool {
         match self {
             Self::Build(args) => args.json,
+            Self::Embed(args) => args.json,
             Self::Inspect(args) => args.json,
             Self::Check(args) => args.json,
             Self::List { client } => client.json,
@@ -100,6 +103,7 @@ pub(super) fn run(command: Command) -> Result<Exit> {
     let mut out = Vec::new();
     match command {
         Command::Build(args) => plugin::build(&args, &mut out)?,
+        Command::Embed(args) => plugin::embed(&args, &mut out)?,
         Command::Inspect(InspectArgs { file, url: Some(url), token, json }) => {
             return super::wait(inspect(file, client::Args { url, token, json }));
         }

@@ -40,7 +40,10 @@ pub enum ComponentError {
     )]
     NoHandler,
     /// A plugin of nobody.
-    #[error("has no manifest (custom section {MANIFEST_SECTION}): build it with `tidegate plugin build`")]
+    #[error(
+        "has no manifest (custom section {MANIFEST_SECTION}): build it with `tidegate plugin build`, \
+         or add its plugin.toml with `tidegate plugin embed`"
+    )]
     NoManifest,
     /// A manifest that is not text.
     #[error("has a manifest that is damaged at byte {0}: build it again with `tidegate plugin build`")]

@@ -258,7 +258,7 @@ fn needs_request(import: &str, key: &str, what: &str, is_empty: bool) -> std::re
         false => Ok(()),
         true => Err(format!(
             "imports {import} without requesting it: name {what} that it uses as {key} = [...] \
-             under [capabilities] in its plugin.toml"
+             under [capabilities] in its plugin.toml, or build it for a world without that import"
         )),
     }
 }

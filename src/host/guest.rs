@@ -197,7 +197,8 @@ impl Guest {
     }
 }
 
-const MANIFEST_FILE: &str = "plugin.toml";
+/// What a plugin's manifest is called beside its sources.
+pub const MANIFEST_FILE: &str = "plugin.toml";
 
 /// Builds these guests of the workspace around `dir` with one run of cargo.
 ///

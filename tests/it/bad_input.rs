@@ -304,6 +304,8 @@ fn bad_configurations_and_components_are_refused_by_name() {
         (&["plugin", "check", &module], 1, "module.wasm"),
         (&["plugin", "check", &empty], 1, "empty.wasm"),
         (&["plugin", "inspect", &component], 1, "has no manifest"),
+        (&["plugin", "embed", &component], 2, "--output"),
+        (&["plugin", "embed", &component, "-o", "made/"], 3, "plugin.toml"),
     ];
     for (arguments, exit, words) in rows {
         let ran = tidegate(folder.path(), arguments);
