@@ -9,6 +9,8 @@
     reason = "a benchmark that panics has no result"
 )]
 
+mod delivery;
+mod isolation;
 mod memory;
 mod plugins;
 mod serve;
@@ -19,8 +21,14 @@ mod support;
 fn main() {
     // Cargo passes `--bench`; whatever else is given names the groups to run.
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let groups: [(&str, fn()); 4] =
-        [("memory", memory::run), ("sqlite", sqlite::run), ("plugins", plugins::run), ("serve", serve::run)];
+    let groups: [(&str, fn()); 6] = [
+        ("memory", memory::run),
+        ("sqlite", sqlite::run),
+        ("plugins", plugins::run),
+        ("plugins-delivery", delivery::run),
+        ("plugins-isolation", isolation::run),
+        ("serve", serve::run),
+    ];
     for (name, run) in groups {
         if wanted.is_empty() || wanted.iter().any(|word| name.contains(word.as_str())) {
             run();

@@ -1,17 +1,23 @@
-//! What the host adds to a call of a guest: a handler that does nothing, against wasmtime by hand with the same settings.
+//! What a call of a plugin costs: a handler that does nothing, against extism and against wasmtime by hand.
+//!
+//! `cargo bench -- plugins`. One thread, a payload of about 300 bytes, nothing durable. Ours has all limits on: epoch,
+//! fuel, memory and time. extism 1.30 runs as a process of its own (its wasmtime is another version), with a guest that
+//! does nothing either; fresh is a `Plugin` of one `CompiledPlugin` per call, warm one `Plugin` for all. By hand is
+//! wasmtime with the same pool, epoch and fuel, without any other limit.
 
-use std::num::NonZeroU32;
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tidegate::handler::KvRead;
-use tidegate::host::component::{componentise, embed_manifest};
-use tidegate::host::{Host, Options};
+use tidegate::host::component::{self, componentise, embed_manifest};
+use tidegate::host::{Host, Options, PluginOptions};
 use tidegate::{Call, Event, Handler, Payload, Source, Verdict};
 use wasmtime::component::{Component, ComponentType, InstancePre, Lift, Linker, Lower, TypedFunc};
 use wasmtime::{Config, Enabled, InstanceAllocationStrategy, PoolingAllocationConfig, Store, UpdateDeadline};
 
-use super::support::{compare, payload, per_second};
+use crate::support::{compare, payload, peer, per_second};
 
 const CALLS: usize = 20_000;
 const BATCH: usize = 64;
@@ -20,9 +26,29 @@ const FUEL: u64 = 500_000_000;
 pub(crate) fn run() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let raw = Raw::new();
-    let fresh = Ours::new(&runtime, "");
-    let reused = Ours::new(&runtime, "reuse = 1000000000\n");
+    let fresh = Ours::idle(&runtime, "");
+    let reused = Ours::idle(&runtime, "reuse = 1000000000\n");
     let event = Arc::new(event());
+    if let Some(extism) = peer("extism") {
+        compare(
+            "no-op handler, fresh instance per event, against extism's fresh plugin",
+            "≥ 12",
+            || runtime.block_on(fresh.handle(&event)),
+            || extism.measure(&["fresh", "3000"]),
+        );
+        compare(
+            "no-op handler, instance reused, against extism's warm plugin",
+            "≥ 2.5",
+            || runtime.block_on(reused.handle(&event)),
+            || extism.measure(&["warm", "100000"]),
+        );
+    }
+    compare(
+        "no-op handler, batch of 64 per fresh instance, against one per instance",
+        "≥ 8",
+        || runtime.block_on(fresh.batches(&event)),
+        || runtime.block_on(fresh.handle(&event)),
+    );
     compare(
         "no-op handler, fresh instance per event, against wasmtime by hand",
         "> 0.8",
@@ -35,15 +61,9 @@ pub(crate) fn run() {
         || runtime.block_on(reused.handle(&event)),
         || runtime.block_on(raw.reused(&event)),
     );
-    compare(
-        "no-op handler, batch of 64 on fresh instances, against reused",
-        "> 1",
-        || runtime.block_on(fresh.batches(&event)),
-        || runtime.block_on(reused.handle(&event)),
-    );
 }
 
-fn event() -> Event {
+pub(crate) fn event() -> Event {
     let payload = Payload::json_text(payload()).unwrap();
     let mut event = Event::new(Source::System, "shop.orders.create".parse().unwrap(), payload);
     event.seq = Some(7);
@@ -72,21 +92,45 @@ fn guest() -> Vec<u8> {
     componentise(&module).unwrap()
 }
 
-struct Ours {
-    plugin: Arc<dyn Handler>,
+/// A plugin in our host.
+pub(crate) struct Ours {
+    pub(crate) plugin: Arc<dyn Handler>,
     _host: Host,
 }
 
 impl Ours {
-    fn new(runtime: &tokio::runtime::Runtime, manifest: &str) -> Self {
-        let host = Host::new(Options { instances: NonZeroU32::new(256).unwrap(), ..Options::default() }, None).unwrap();
+    /// The guest that does nothing, with these lines more in its manifest.
+    pub(crate) fn idle(runtime: &tokio::runtime::Runtime, manifest: &str) -> Self {
         let bytes = embed_manifest(&guest(), &format!("name = \"bench\"\nversion = \"1.0.0\"\n{manifest}")).unwrap();
-        let plugin = runtime.block_on(host.load("bench.wasm", bytes.into())).unwrap();
-        let name = host.activate(plugin).name().to_owned();
-        Self { plugin: host.handler(&name), _host: host }
+        Self::new(runtime, bytes)
     }
 
-    async fn handle(&self, event: &Arc<Event>) -> f64 {
+    /// A plugin of `make plugins`; `None`, with the reason printed, when it is not
+    /// built.
+    pub(crate) fn built(runtime: &tokio::runtime::Runtime, name: &str) -> Option<Self> {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/plugins").join(name).with_extension("wasm");
+        match std::fs::read(&file) {
+            Ok(bytes) => Some(Self::new(runtime, bytes)),
+            Err(_) => {
+                println!("{} is not built: run `make plugins` first; rows with it are left out", file.display());
+                None
+            }
+        }
+    }
+
+    /// With all that its manifest requests.
+    fn new(runtime: &tokio::runtime::Runtime, bytes: Vec<u8>) -> Self {
+        let (manifest, _) = component::manifest(&bytes).unwrap();
+        let granted = PluginOptions { grants: manifest.capabilities, ..PluginOptions::default() };
+        let plugins = BTreeMap::from([(manifest.name.clone(), granted)]);
+        let host = Host::new(Options { plugins, ..Options::default() }, None).unwrap();
+        let plugin = runtime.block_on(host.load("bench.wasm", bytes.into())).unwrap();
+        host.activate(plugin);
+        Self { plugin: host.handler(&manifest.name), _host: host }
+    }
+
+    /// Calls per second, one after the other.
+    pub(crate) async fn handle(&self, event: &Arc<Event>) -> f64 {
         let call = call(event);
         let began = Instant::now();
         for _ in 0..CALLS {
@@ -183,13 +227,13 @@ type Answer = Result<Option<RawReply>, RawFailure>;
 type Handle<'a> = TypedFunc<(RawEvent<'a>,), (Answer,)>;
 
 /// wasmtime with the host's settings, and nothing else.
-struct Raw {
+pub(crate) struct Raw {
     engine: wasmtime::Engine,
     pre: InstancePre<()>,
 }
 
 impl Raw {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut pool = PoolingAllocationConfig::new();
         pool.total_component_instances(256).total_stacks(256).max_memory_size(64 << 20);
         if PoolingAllocationConfig::is_pagemap_scan_available() {
@@ -216,7 +260,8 @@ impl Raw {
         (store, function)
     }
 
-    async fn fresh(&self, event: &Event) -> f64 {
+    /// Calls per second, one after the other, each of an instance of its own.
+    pub(crate) async fn fresh(&self, event: &Event) -> f64 {
         let began = Instant::now();
         for _ in 0..CALLS {
             let (mut store, function) = self.instance().await;

@@ -13,7 +13,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{ConnectOptions as _, Connection as _, Row as _, SqliteConnection};
 use tidegate::broker::Options;
 use tidegate::provider::sqlite::{self, SqliteProvider};
-use tidegate::{Broker, Event, EventType, Metrics, Payload, Source, Subscription, native};
+use tidegate::{Broker, Event, EventType, Handler, Metrics, Payload, Source, Subscription, native};
 use tokio::runtime::Runtime;
 use tokio::sync::{Notify, mpsc};
 
@@ -30,7 +30,7 @@ pub(crate) fn run() {
     support::compare(
         "SQLite FULL, publish → claim → settle in batches, native handler",
         "≥ 0.5 of by hand",
-        || runtime.block_on(batches()),
+        || runtime.block_on(batches(idle())),
         || runtime.block_on(batches_by_hand()),
     );
     drain_and_singles(&runtime);
@@ -82,15 +82,14 @@ impl Rig {
         tokio::spawn(self.service.take().unwrap().run(async move { stop.notified().await }))
     }
 
-    /// A handler that does nothing; the notification comes with the `all`-th call.
-    async fn subscribe(&self, all: usize) -> Arc<Notify> {
+    /// Subscribes a handler; the notification comes after the `all`-th call.
+    async fn subscribe(&self, all: usize, handler: Arc<dyn Handler>) -> Arc<Notify> {
         let (handled, done) = (AtomicUsize::new(0), Arc::new(Notify::new()));
         let notify = Arc::clone(&done);
-        let handler = native(move |_| {
+        let handler = support::watched(handler, move |_| {
             if handled.fetch_add(1, Ordering::Relaxed) + 1 == all {
                 notify.notify_one();
             }
-            async { Ok(()) }
         });
         self.broker.subscribe(Subscription::new("all", "shop.orders.*".parse().unwrap()), handler).await.unwrap();
         done
@@ -110,10 +109,15 @@ fn event() -> Event {
     Event::new(Source::Internal, event_type, Payload::json_text(support::payload()).unwrap())
 }
 
+/// A handler that does nothing.
+pub(crate) fn idle() -> Arc<dyn Handler> {
+    native(|_| async { Ok(()) })
+}
+
 /// Publishes in batches while the handler runs, until all is settled.
-async fn batches() -> f64 {
+pub(crate) async fn batches(handler: Arc<dyn Handler>) -> f64 {
     let mut rig = Rig::open().await;
-    let done = rig.subscribe(EVENTS).await;
+    let done = rig.subscribe(EVENTS, handler).await;
     let running = rig.run();
     let began = Instant::now();
     for _ in 0..EVENTS / BATCH {
@@ -130,7 +134,7 @@ async fn batches() -> f64 {
 /// Handles what was stored before.
 async fn drain(count: usize) -> f64 {
     let mut rig = Rig::open().await;
-    let done = rig.subscribe(count).await;
+    let done = rig.subscribe(count, idle()).await;
     // Paused while the events are stored, so that what is timed is their handling alone.
     let pause = |paused| tidegate::broker::SubscriptionPatch { paused: Some(paused), ..Default::default() };
     rig.broker.patch_subscription("all", pause(true)).await.unwrap();

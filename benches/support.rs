@@ -3,7 +3,11 @@
 //! Single figures of a noisy machine mean little; ratios of two runs within the same minute mean something. Every
 //! figure is work per second, so a ratio above 1 says that ours is faster than the other side.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use tidegate::handler::Outcome;
+use tidegate::{Call, Event, Handler, Verdict};
 
 /// How many pairs are run; their median counts.
 pub(crate) const PAIRS: usize = 5;
@@ -78,5 +82,31 @@ impl Peer {
         let text = String::from_utf8_lossy(&output.stdout);
         let last = text.lines().last().unwrap_or_default();
         last.trim().parse().unwrap_or_else(|_| panic!("{:?} printed {text:?} {:?}", self.program, output.stderr))
+    }
+}
+
+/// A handler after whose every call, each of which has to succeed, `after` is told of the event. It takes one event at a
+/// time, so that a plugin has a fresh instance for each.
+pub(crate) fn watched(handler: Arc<dyn Handler>, after: impl Fn(&Event) + Send + Sync + 'static) -> Arc<dyn Handler> {
+    Arc::new(Watched { handler, after })
+}
+
+struct Watched<F> {
+    handler: Arc<dyn Handler>,
+    after: F,
+}
+
+#[async_trait::async_trait]
+impl<F: Fn(&Event) + Send + Sync + 'static> Handler for Watched<F> {
+    async fn handle(&self, call: Call) -> Outcome {
+        let event = Arc::clone(&call.event);
+        let outcome = self.handler.handle(call).await;
+        assert_eq!(outcome.verdict, Verdict::Ok);
+        (self.after)(&event);
+        outcome
+    }
+
+    fn keeps_time(&self) -> bool {
+        self.handler.keeps_time()
     }
 }

@@ -1,0 +1,92 @@
+//! Plugins behind the broker: what is left of the speed of a call once events are published, claimed and settled.
+//!
+//! `cargo bench -- plugins-delivery`. A payload of about 300 bytes, a fresh instance per event, all limits on, two worker
+//! threads of tokio. Over memory nothing is durable, and up to 1,000 events are in flight; raw calls are made by two
+//! threads at once, with nothing between the calls. Over SQLite everything is (WAL, `synchronous=FULL`).
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tidegate::broker::Options;
+use tidegate::provider::memory::{self, MemoryProvider};
+use tidegate::{Broker, Event, Handler, Metrics, Subscription};
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::{Notify, Semaphore};
+
+use crate::plugins::{self, Ours, Raw};
+use crate::{sqlite, support};
+
+const EVENTS: usize = 100_000;
+const IN_FLIGHT: usize = 1_000;
+
+pub(crate) fn run() {
+    let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let event = Arc::new(plugins::event());
+    let raw = Raw::new();
+    let idle = Ours::idle(&runtime, "");
+    support::compare(
+        "memory, no-op plugin, publish → completed, against wasmtime by hand × 2",
+        "≥ 0.6",
+        || delivered(&runtime, &idle),
+        || on_two_threads(|runtime| runtime.block_on(raw.fresh(&event))),
+    );
+    if let Some(sample) = Ours::built(&runtime, "audit-trail") {
+        support::compare(
+            "memory, audit-trail, publish → completed, against handler calls × 2",
+            "none",
+            || delivered(&runtime, &sample),
+            || on_two_threads(|runtime| runtime.block_on(sample.handle(&event))),
+        );
+    }
+    support::compare(
+        "SQLite FULL, no-op plugin, published in batches, against native handler",
+        "≥ 0.7",
+        || runtime.block_on(sqlite::batches(Arc::clone(&idle.plugin))),
+        || runtime.block_on(sqlite::batches(sqlite::idle())),
+    );
+}
+
+/// What two threads do together, each with a runtime of its own.
+fn on_two_threads(work: impl Fn(&Runtime) -> f64 + Sync) -> f64 {
+    let one = || work(&Builder::new_current_thread().enable_all().build().unwrap());
+    std::thread::scope(|scope| {
+        let threads = [scope.spawn(one), scope.spawn(one)];
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    })
+}
+
+/// The publisher runs on the same two threads as the workers.
+fn delivered(runtime: &Runtime, plugin: &Ours) -> f64 {
+    runtime.block_on(runtime.spawn(deliver(Arc::clone(&plugin.plugin)))).unwrap()
+}
+
+/// Publishes one by one with up to 1,000 events in flight, and waits until every event is completed.
+async fn deliver(handler: Arc<dyn Handler>) -> f64 {
+    let memory = memory::Options { max_events: 10_000, ..memory::Options::default() };
+    let provider = Arc::new(MemoryProvider::open(memory).unwrap());
+    let worker_count = NonZeroUsize::new(10).unwrap();
+    let options = Options { instance_id: "bench".into(), worker_count, ..Options::default() };
+    let (broker, service) = Broker::open(provider, options, Metrics::default()).await.unwrap();
+    let stop = Arc::new(Notify::new());
+    let stopped = Arc::clone(&stop);
+    let service = tokio::spawn(service.run(async move { stopped.notified().await }));
+    let room = Arc::new(Semaphore::new(IN_FLIGHT));
+    let handled = Arc::clone(&room);
+    let handler = support::watched(handler, move |_| handled.add_permits(1));
+    broker.subscribe(Subscription::new("bench", "shop.orders.*".parse().unwrap()), handler).await.unwrap();
+    let template = plugins::event();
+    let began = Instant::now();
+    for _ in 0..EVENTS {
+        room.acquire().await.unwrap().forget();
+        let event = Event::new(template.source, template.event_type.clone(), template.payload.clone());
+        broker.publish(event).await.unwrap();
+    }
+    while broker.stats().await.unwrap().total_processed < EVENTS as u64 {
+        tokio::task::yield_now().await;
+    }
+    let rate = support::per_second(EVENTS, began);
+    stop.notify_one();
+    service.await.unwrap().unwrap();
+    rate
+}
