@@ -20,7 +20,7 @@ use super::slots::Slots;
 use crate::error::{Error, Result};
 
 /// How often guests that compute are interrupted: to let other tasks run, and to see whether their time is up.
-pub(super) const TICK: Duration = Duration::from_millis(10);
+const TICK: Duration = Duration::from_millis(1);
 
 /// How often idle instances are looked through.
 const SWEEP: Duration = Duration::from_secs(1);

@@ -16,7 +16,7 @@ use wasmtime_wasi::I32Exit;
 
 use super::bindings::tidegate::plugin::types;
 use super::convert;
-use super::engine::{Engine, TICK};
+use super::engine::Engine;
 use super::exports::{Answer, Bound, Export, Exports};
 use super::imports::{State, Stop, Terms, link};
 use super::limits::{Limits, bytes};
@@ -27,7 +27,7 @@ use crate::event::{Event, EventType, Payload, Source};
 use crate::handler::{Call, Effects, KvRead, Outcome};
 
 /// How much later than the epoch the timer fires: the epoch knows where the guest was, the timer does not.
-const GRACE: Duration = TICK.saturating_mul(5);
+const GRACE: Duration = Duration::from_millis(50);
 
 /// How long a self-check may take once it has an instance. A plugin's own timeout may be shorter.
 const SELF_CHECK: Duration = Duration::from_secs(5);
