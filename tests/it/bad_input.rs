@@ -278,7 +278,7 @@ fn bad_configurations_and_components_are_refused_by_name() {
     let (text, module, empty) =
         (file("text.wasm", b"hello"), file("module.wasm", b"\0asm\x01\0\0\0"), file("empty.wasm", b""));
     let component = file("bare.wasm", b"\0asm\x0d\0\x01\0");
-    let rows: [(&[&str], i32, &str); 17] = [
+    let rows: [(&[&str], i32, &str); 19] = [
         (&["config", "--config", &typo], 2, "broker.worker_cuont: is not a setting; did you mean worker_count?"),
         (&["config", "--config", &kind], 2, "broker.worker_count"),
         (&["config", "--config", &broken], 2, "is not TOML"),
