@@ -6,7 +6,6 @@ use std::any::Any;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -14,10 +13,10 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use tokio::time::Instant;
 
+use super::Shared;
 use super::chain;
 use super::lanes::{Binding, Job, Turn};
 use super::settle::Ended;
-use super::{Shared, poll_once};
 use crate::delivery::{Fault, Verdict};
 use crate::error::Result;
 use crate::event::now;
@@ -44,9 +43,6 @@ pub(super) async fn work(shared: Arc<Shared>) {
             Turn::Work(job) => {
                 finished = Some(Arc::clone(&job.binding));
                 attempts(&shared, job, &mut ended).await;
-                if ended.len() == TOGETHER || ended.last().is_some_and(|last| last.duration > SHORT) {
-                    shared.settle(&mut ended).await;
-                }
             }
             _ if !ended.is_empty() => shared.settle(&mut ended).await,
             Turn::Wait if refilled => {}
@@ -56,7 +52,8 @@ pub(super) async fn work(shared: Arc<Shared>) {
     }
 }
 
-/// Makes the attempts of a job: in one call where the handler takes several, else one after the other.
+/// Makes the attempts of a job: in one call where the handler takes several, else one after the other. What they came
+/// to is settled in time.
 async fn attempts(shared: &Arc<Shared>, Job { binding, leases, began }: Job, ended: &mut Vec<Ended>) {
     if leases.len() > 1 {
         shared.settle(ended).await;
@@ -68,11 +65,19 @@ async fn attempts(shared: &Arc<Shared>, Job { binding, leases, began }: Job, end
                 let outcome = within_chain(shared, &lease, outcome).await;
                 ended.push(Ended { lease, binding, outcome, started_at, duration });
             }
-            return;
+            return settle_in_time(shared, ended).await;
         }
     }
     for lease in leases {
         attempt(shared, &binding, lease, ended).await;
+        settle_in_time(shared, ended).await;
+    }
+}
+
+/// Settles unless there are few results and the last took no time, so that the next hardly will.
+async fn settle_in_time(shared: &Arc<Shared>, ended: &mut Vec<Ended>) {
+    if ended.len() >= TOGETHER || ended.last().is_some_and(|last| last.duration > SHORT) {
+        shared.settle(ended).await;
     }
 }
 
@@ -93,9 +98,9 @@ async fn attempt(shared: &Arc<Shared>, binding: &Arc<Binding>, lease: Lease, end
     let outcome = {
         let mut handling = pin!(AssertUnwindSafe(binding.handler.handle(call(shared, binding, &lease))).catch_unwind());
         // What ends at once needs no timer.
-        match poll_once(handling.as_mut()).await {
-            Poll::Ready(outcome) => outcome.unwrap_or_else(|panic| panicked(&*panic)),
-            Poll::Pending => {
+        match handling.as_mut().now_or_never() {
+            Some(outcome) => outcome.unwrap_or_else(|panic| panicked(&*panic)),
+            None => {
                 shared.settle(ended).await;
                 patiently(binding, handling).await
             }

@@ -347,11 +347,6 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// Polls a future once, in the place of the caller. What is pending goes on when it is awaited.
-async fn poll_once<F: Future>(mut future: std::pin::Pin<&mut F>) -> Poll<F::Output> {
-    std::future::poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await
-}
-
 impl Broker {
     /// Opens a broker over `provider`: loads the subscriptions it keeps. Events are taken in from now on, and handled
     /// once [`Service::run`] is polled.
