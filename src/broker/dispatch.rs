@@ -112,6 +112,10 @@ impl Shared {
         let now = Instant::now();
         let wanted = self.lanes.wants(now);
         if wanted.is_empty() {
+            // The dispatcher comes back for a lane that its rate holds.
+            if self.lanes.next_token().is_some() {
+                self.hints.nudge();
+            }
             return false;
         }
         let Some((next_due, _)) = self.claim(wanted, now, busy).await else {

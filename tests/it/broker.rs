@@ -618,6 +618,23 @@ async fn rate_bounds_the_attempts_per_second() {
     assert!(took >= Duration::from_secs(3) && took < Duration::from_secs(5), "{took:?}");
 }
 
+/// What a rate holds back is taken up with the next token, not with the next poll.
+#[tokio::test(start_paused = true)]
+async fn one_event_more_than_the_rate_waits_for_one_token() {
+    let rig = Rig::start().await;
+    let calls = calls();
+    let limited = Subscription { rate: std::num::NonZeroU32::new(10), ..subscription("limited", "*") };
+    rig.broker.subscribe(limited, counting(&calls)).await.unwrap();
+    let began = Instant::now();
+    for _ in 0..10 {
+        rig.broker.publish(event("a.b")).await.unwrap();
+    }
+    rig.handled(event("a.b")).await;
+    let took = began.elapsed();
+    assert_eq!(calls.load(Ordering::SeqCst), 11);
+    assert!(took >= Duration::from_millis(100) && took < Duration::from_millis(200), "{took:?}");
+}
+
 /// BEHAVIOURS C4, and all-or-nothing batches.
 #[tokio::test(start_paused = true)]
 async fn a_batch_with_one_bad_event_stores_none() {
