@@ -22,6 +22,9 @@ use crate::error::{Error, Result};
 /// How often guests that compute are interrupted: to let other tasks run, and to see whether their time is up.
 const TICK: Duration = Duration::from_millis(1);
 
+/// How often it is looked whether there are guests to interrupt, while there is none.
+const LOOK: Duration = Duration::from_millis(10);
+
 /// How often idle instances are looked through.
 const SWEEP: Duration = Duration::from_secs(1);
 
@@ -257,7 +260,8 @@ fn tick(slots: &Arc<Slots>) -> Result<Sender<EngineWeak>> {
         let mut engines = Vec::new();
         let mut swept = Instant::now();
         loop {
-            match coming.recv_timeout(TICK) {
+            let is_busy = slots.upgrade().is_some_and(|slots| slots.are_taken());
+            match coming.recv_timeout(if is_busy { TICK } else { LOOK }) {
                 Ok(engine) => engines.push(engine),
                 Err(RecvTimeoutError::Timeout) => {
                     engines.iter().filter_map(EngineWeak::upgrade).for_each(|engine| engine.increment_epoch());

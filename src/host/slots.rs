@@ -18,6 +18,7 @@ const MAX_IDLE: usize = 16;
 
 /// The slots of an engine.
 pub(super) struct Slots {
+    count: usize,
     free: Arc<Semaphore>,
     /// How many wait for a slot.
     waiting: AtomicUsize,
@@ -37,7 +38,13 @@ impl Slots {
     /// This many slots.
     pub(super) fn new(count: u32) -> Arc<Self> {
         let count = usize::try_from(count).unwrap_or(Semaphore::MAX_PERMITS).clamp(1, Semaphore::MAX_PERMITS);
-        Arc::new(Self { free: Arc::new(Semaphore::new(count)), waiting: AtomicUsize::new(0), idle: Mutex::default() })
+        let free = Arc::new(Semaphore::new(count));
+        Arc::new(Self { count, free, waiting: AtomicUsize::new(0), idle: Mutex::default() })
+    }
+
+    /// Whether some slot is taken, be it by an instance that is idle.
+    pub(super) fn are_taken(&self) -> bool {
+        self.free.available_permits() < self.count
     }
 
     /// A slot: at once where one is free or an instance is idle, and otherwise in turn.
