@@ -14,22 +14,21 @@ mod chain;
 mod dispatch;
 mod lanes;
 mod maintenance;
+mod pace;
 mod publish;
 mod routing;
 mod service;
 mod settle;
+mod waiters;
 
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Poll;
 use std::time::Duration;
 
-use foldhash::HashMap;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
 use serde::{Deserialize, Serialize};
-use smallvec::SmallVec;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::delivery::{EventDetail, Status};
@@ -245,7 +244,7 @@ struct Shared {
     /// Where ended attempts queue for settlement.
     settlements: mpsc::Sender<settle::Ended>,
     /// Who waits for an event to be finished.
-    waiters: Waiters,
+    waiters: waiters::Waiters,
     operations: Operations,
     jitter: settle::Jitter,
     accepting: AtomicBool,
@@ -278,75 +277,6 @@ impl Operations {
     }
 }
 
-/// Publishers waiting for events to be finished, by event id.
-#[derive(Default)]
-struct Waiters {
-    count: AtomicUsize,
-    by_id: Mutex<HashMap<EventId, SmallVec<[Arc<Notify>; 1]>>>,
-}
-
-impl Waiters {
-    fn register(&self, id: &EventId) -> Arc<Notify> {
-        let notify = Arc::new(Notify::new());
-        let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
-        by_id.entry(id.clone()).or_default().push(Arc::clone(&notify));
-        self.count.fetch_add(1, Ordering::SeqCst);
-        notify
-    }
-
-    fn forget(&self, id: &EventId, notify: &Arc<Notify>) {
-        let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(list) = by_id.get_mut(id) {
-            list.retain(|known| !Arc::ptr_eq(known, notify));
-            if list.is_empty() {
-                by_id.remove(id);
-            }
-        }
-        self.count.fetch_sub(1, Ordering::SeqCst);
-    }
-
-    fn tell(&self, id: &EventId) {
-        if self.count.load(Ordering::SeqCst) == 0 {
-            return;
-        }
-        let by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
-        by_id.get(id).into_iter().flatten().for_each(|notify| notify.notify_one());
-    }
-}
-
-/// Forgets its waiter when the waiting ends, however it ends.
-struct Waiting<'a> {
-    waiters: &'a Waiters,
-    id: EventId,
-    notify: Arc<Notify>,
-}
-
-impl Waiting<'_> {
-    /// Lets other tasks have a turn: many a handler is done after it, and no timer needs to be armed.
-    async fn briefly(&self) -> bool {
-        let mut notified = std::pin::pin!(self.notify.notified());
-        let mut polls = 0;
-        std::future::poll_fn(|context| {
-            polls += 1;
-            match notified.as_mut().poll(context) {
-                Poll::Ready(()) => Poll::Ready(true),
-                Poll::Pending if polls > 1 => Poll::Ready(false),
-                Poll::Pending => {
-                    context.waker().wake_by_ref();
-                    Poll::Pending
-                }
-            }
-        })
-        .await
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.waiters.forget(&self.id, &self.notify);
-    }
-}
-
 impl Broker {
     /// Opens a broker over `provider`: loads the subscriptions it keeps. Events are taken in from now on, and handled
     /// once [`Service::run`] is polled.
@@ -372,7 +302,7 @@ impl Broker {
             hints: dispatch::Hints::default(),
             appends,
             settlements,
-            waiters: Waiters::default(),
+            waiters: waiters::Waiters::default(),
             operations,
             accepting: AtomicBool::new(true),
             totals: Totals::default(),
@@ -430,8 +360,8 @@ impl Broker {
     /// As [`publish_async`](Self::publish_async).
     pub async fn publish_sync(&self, event: Event, deadline: Duration) -> Result<Answer> {
         let began = Instant::now();
-        let waiters = &self.shared.waiters;
-        let waiting = Waiting { waiters, id: event.id.clone(), notify: waiters.register(&event.id) };
+        let id = event.id.clone();
+        let waiting = self.shared.waiters.register(&id);
         let published = self.shared.publish_one(event, began).await?;
         let mut finished = published.status.is_terminal() || waiting.briefly().await;
         loop {
@@ -439,9 +369,9 @@ impl Broker {
             if !finished {
                 // Whoever finishes the event in another process does not notify here: hence the slow poll.
                 let patience = left.min(self.shared.options.poll);
-                let _ = tokio::time::timeout(patience, waiting.notify.notified()).await;
+                waiting.at_most(patience).await;
             }
-            let detail = self.event(waiting.id.as_str()).await?;
+            let detail = self.event(id.as_str()).await?;
             finished = detail.record.status.is_terminal();
             if finished || left.is_zero() {
                 return Ok(Answer { detail, duplicate: published.duplicate, finished });
