@@ -4,17 +4,15 @@
 //! threads of tokio. Over memory nothing is durable, and up to 1,000 events are in flight; raw calls are made by two
 //! threads at once, with nothing between the calls. Over SQLite everything is (WAL, `synchronous=FULL`).
 
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tidegate::broker::Options;
-use tidegate::provider::memory::{self, MemoryProvider};
-use tidegate::{Broker, Event, Handler, Metrics, Subscription};
+use tidegate::{Event, Handler, Subscription};
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Semaphore;
 
 use crate::plugins::{self, Ours, Raw};
+use crate::support::Running;
 use crate::{sqlite, support};
 
 const EVENTS: usize = 100_000;
@@ -63,14 +61,8 @@ fn delivered(runtime: &Runtime, plugin: &Ours) -> f64 {
 
 /// Publishes one by one with up to 1,000 events in flight, and waits until every event is completed.
 async fn deliver(handler: Arc<dyn Handler>) -> f64 {
-    let memory = memory::Options { max_events: 10_000, ..memory::Options::default() };
-    let provider = Arc::new(MemoryProvider::open(memory).unwrap());
-    let worker_count = NonZeroUsize::new(10).unwrap();
-    let options = Options { instance_id: "bench".into(), worker_count, ..Options::default() };
-    let (broker, service) = Broker::open(provider, options, Metrics::default()).await.unwrap();
-    let stop = Arc::new(Notify::new());
-    let stopped = Arc::clone(&stop);
-    let service = tokio::spawn(service.run(async move { stopped.notified().await }));
+    let running = Running::over_memory().await;
+    let broker = &running.broker;
     let room = Arc::new(Semaphore::new(IN_FLIGHT));
     let handled = Arc::clone(&room);
     let handler = support::watched(handler, move |_| handled.add_permits(1));
@@ -82,11 +74,8 @@ async fn deliver(handler: Arc<dyn Handler>) -> f64 {
         let event = Event::new(template.source, template.event_type.clone(), template.payload.clone());
         broker.publish(event).await.unwrap();
     }
-    while broker.stats().await.unwrap().total_processed < EVENTS as u64 {
-        tokio::task::yield_now().await;
-    }
+    running.completed(EVENTS).await;
     let rate = support::per_second(EVENTS, began);
-    stop.notify_one();
-    service.await.unwrap().unwrap();
+    running.stop().await;
     rate
 }

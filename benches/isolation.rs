@@ -9,15 +9,13 @@ use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tidegate::broker::Options;
-use tidegate::provider::memory::{self, MemoryProvider};
 use tidegate::retry::RetryOverrides;
-use tidegate::{Broker, Event, Handler, Metrics, Payload, Source, Subscription};
+use tidegate::{Event, Handler, Payload, Source, Subscription};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Notify;
 
 use crate::plugins::{self, Ours};
-use crate::support;
+use crate::support::{self, Running};
 
 const HEALTHY: usize = 1_000;
 const FAULTY: usize = 200;
@@ -55,12 +53,8 @@ async fn latencies(
     faulty: Option<Arc<dyn Handler>>,
     pace: Option<Duration>,
 ) -> Vec<Duration> {
-    let provider = Arc::new(MemoryProvider::open(memory::Options::default()).unwrap());
-    let options = Options { instance_id: "bench".into(), ..Options::default() };
-    let (broker, service) = Broker::open(provider, options, Metrics::default()).await.unwrap();
-    let stop = Arc::new(Notify::new());
-    let stopped = Arc::clone(&stop);
-    let service = tokio::spawn(service.run(async move { stopped.notified().await }));
+    let running = Running::over_memory().await;
+    let broker = &running.broker;
     let (times, all) = (Arc::new(Mutex::new(Vec::with_capacity(HEALTHY))), Arc::new(Notify::new()));
     let (seen, notify) = (Arc::clone(&times), Arc::clone(&all));
     let healthy = support::watched(healthy, move |event| {
@@ -101,7 +95,6 @@ async fn latencies(
     while broker.stats().await.unwrap().total_failed < faults as u64 {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    stop.notify_one();
-    service.await.unwrap().unwrap();
+    running.stop().await;
     std::mem::take(&mut *times.lock().unwrap())
 }

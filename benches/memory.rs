@@ -7,18 +7,15 @@
 //! attempt record, no lease and no metric.
 
 use std::collections::VecDeque;
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use tidegate::broker::Options;
-use tidegate::provider::memory::{self, MemoryProvider};
-use tidegate::{Broker, Event, Metrics, Payload, Source, Subscription, native};
+use tidegate::{Event, Payload, Source, Subscription, native};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 
-use crate::support;
+use crate::support::{self, Running};
 
 const EVENTS: usize = 200_000;
 const IN_FLIGHT: usize = 1_000;
@@ -51,12 +48,8 @@ pub(crate) fn run() {
 
 /// Each event is published once the one before is completed.
 async fn one_by_one() -> f64 {
-    let provider = Arc::new(MemoryProvider::open(memory::Options::default()).unwrap());
-    let options = Options { instance_id: "bench".into(), ..Options::default() };
-    let (broker, service) = Broker::open(provider, options, Metrics::default()).await.unwrap();
-    let stop = Arc::new(Notify::new());
-    let stopped = Arc::clone(&stop);
-    let service = tokio::spawn(service.run(async move { stopped.notified().await }));
+    let running = Running::over_memory().await;
+    let broker = &running.broker;
     let subscription = Subscription::new("s", "shop.orders.*".parse().unwrap());
     broker.subscribe(subscription, native(|_| async { Ok(()) })).await.unwrap();
     let event_type: tidegate::EventType = "shop.orders.create".parse().unwrap();
@@ -68,8 +61,7 @@ async fn one_by_one() -> f64 {
         assert!(answer.finished);
     }
     let rate = support::per_second(SINGLES, began);
-    stop.notify_one();
-    service.await.unwrap().unwrap();
+    running.stop().await;
     rate
 }
 
@@ -101,14 +93,8 @@ async fn one_by_one_by_hand() -> f64 {
 
 /// Publishes with up to 1,000 events in flight, and waits until every event is completed.
 async fn ours(subscriptions: usize) -> f64 {
-    let memory = memory::Options { max_events: 10_000, ..memory::Options::default() };
-    let provider = Arc::new(MemoryProvider::open(memory).unwrap());
-    let worker_count = NonZeroUsize::new(10).unwrap();
-    let options = Options { instance_id: "bench".into(), worker_count, ..Options::default() };
-    let (broker, service) = Broker::open(provider, options, Metrics::default()).await.unwrap();
-    let stop = Arc::new(Notify::new());
-    let stopped = Arc::clone(&stop);
-    let service = tokio::spawn(service.run(async move { stopped.notified().await }));
+    let running = Running::over_memory().await;
+    let broker = &running.broker;
     let (handled, all) = (Arc::new(AtomicUsize::new(0)), Arc::new(Notify::new()));
     let room = Arc::new(Semaphore::new(IN_FLIGHT));
     for n in 0..subscriptions {
@@ -135,13 +121,10 @@ async fn ours(subscriptions: usize) -> f64 {
         publish().await.unwrap();
     }
     all.notified().await;
-    while broker.stats().await.unwrap().total_processed < EVENTS as u64 {
-        tokio::task::yield_now().await;
-    }
+    running.completed(EVENTS).await;
     let rate = support::per_second(EVENTS, began);
     assert_eq!(handled.load(Ordering::Relaxed), EVENTS);
-    stop.notify_one();
-    service.await.unwrap().unwrap();
+    running.stop().await;
     rate
 }
 

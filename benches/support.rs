@@ -6,8 +6,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tidegate::broker::{Broker, Options};
 use tidegate::handler::Outcome;
-use tidegate::{Call, Event, Handler, Verdict};
+use tidegate::provider::memory::{self, MemoryProvider};
+use tidegate::{Call, Event, Handler, Metrics, Verdict};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 /// How many pairs are run; their median counts.
 pub(crate) const PAIRS: usize = 5;
@@ -82,6 +86,37 @@ impl Peer {
         let text = String::from_utf8_lossy(&output.stdout);
         let last = text.lines().last().unwrap_or_default();
         last.trim().parse().unwrap_or_else(|_| panic!("{:?} printed {text:?} {:?}", self.program, output.stderr))
+    }
+}
+
+/// A broker over memory that runs until it is told to stop.
+pub(crate) struct Running {
+    pub(crate) broker: Broker,
+    stop: oneshot::Sender<()>,
+    service: JoinHandle<tidegate::Result<()>>,
+}
+
+impl Running {
+    /// With ten workers, as by default.
+    pub(crate) async fn over_memory() -> Self {
+        let provider = Arc::new(MemoryProvider::open(memory::Options::default()).unwrap());
+        let options = Options { instance_id: "bench".into(), ..Options::default() };
+        let (broker, service) = Broker::open(provider, options, Metrics::default()).await.unwrap();
+        let (stop, stopped) = oneshot::channel();
+        Self { broker, stop, service: tokio::spawn(service.run(async { drop(stopped.await) })) }
+    }
+
+    /// Returns when all is settled, for `count` attempts.
+    pub(crate) async fn completed(&self, count: usize) {
+        while self.broker.stats().await.unwrap().total_processed < count as u64 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Stops the broker.
+    pub(crate) async fn stop(self) {
+        drop(self.stop);
+        self.service.await.unwrap().unwrap();
     }
 }
 

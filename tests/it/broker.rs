@@ -1,5 +1,6 @@
 //! The broker over the memory store, under paused time: what is published, called, retried, ordered and given back.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -773,54 +774,48 @@ impl Handler for Batches {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn events_that_wait_are_handed_over_together_and_each_has_one_attempt() {
+/// Publishes these ids while nobody handles them, then has them handled in batches. Returns the sizes of the calls once
+/// all are done.
+async fn batched(ids: &[String]) -> (Vec<usize>, HashMap<String, EventDetail>) {
     let mut rig = Rig::start().await;
     let handler = Arc::new(Batches { calls: Mutex::default() });
     rig.broker.declare(subscription("s", "*")).await.unwrap();
-    for n in 0..20 {
-        rig.broker.publish(event_with_id("a.b", &format!("e-{n}"))).await.unwrap();
+    for id in ids {
+        rig.broker.publish(event_with_id("a.b", id)).await.unwrap();
     }
     rig.on("s", "*", Arc::clone(&handler) as Arc<dyn Handler>).await;
-    for n in 0..20 {
-        let detail = rig
-            .broker
-            .publish_sync(event_with_id("a.b", &format!("e-{n}")), Duration::from_secs(60))
-            .await
-            .unwrap()
-            .detail;
-        assert_eq!((detail.record.status, detail.deliveries[0].attempts.len()), (Status::Completed, 1), "e-{n}");
+    let mut details = HashMap::new();
+    for id in ids {
+        details.insert(id.clone(), rig.handled(event_with_id("a.b", id)).await);
     }
-    let calls = handler.calls.lock().unwrap().clone();
-    assert_eq!((calls.iter().sum::<usize>(), calls.iter().max()), (20, Some(&8)), "{calls:?}");
     rig.stop().await;
+    let calls = handler.calls.lock().unwrap().clone();
+    (calls, details)
+}
+
+fn numbered(count: usize) -> impl Iterator<Item = String> {
+    (0..count).map(|n| format!("e-{n}"))
+}
+
+fn completed_at_once(detail: &EventDetail) -> bool {
+    detail.record.status == Status::Completed && detail.deliveries[0].attempts.len() == 1
+}
+
+#[tokio::test(start_paused = true)]
+async fn events_that_wait_are_handed_over_together_and_each_has_one_attempt() {
+    let (calls, details) = batched(&numbered(20).collect::<Vec<_>>()).await;
+    assert!(details.values().all(completed_at_once), "{details:?}");
+    assert_eq!((calls.iter().sum::<usize>(), calls.iter().max()), (20, Some(&8)), "{calls:?}");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_batch_that_comes_to_nothing_is_made_up_for_one_by_one() {
     for others in [6, 7] {
-        let mut rig = Rig::start().await;
-        let handler = Arc::new(Batches { calls: Mutex::default() });
-        rig.broker.declare(subscription("s", "*")).await.unwrap();
-        rig.broker.publish(event_with_id("a.b", "poison")).await.unwrap();
-        for n in 0..others {
-            rig.broker.publish(event_with_id("a.b", &format!("e-{n}"))).await.unwrap();
-        }
-        rig.on("s", "*", Arc::clone(&handler) as Arc<dyn Handler>).await;
-        let poison =
-            rig.broker.publish_sync(event_with_id("a.b", "poison"), Duration::from_secs(60)).await.unwrap().detail;
+        let ids: Vec<_> = std::iter::once("poison".to_owned()).chain(numbered(others)).collect();
+        let (calls, mut details) = batched(&ids).await;
+        let poison = details.remove("poison").unwrap();
         assert_eq!(poison.deliveries[0].verdict, Some(Verdict::Reject));
-        for n in 0..others {
-            let detail = rig
-                .broker
-                .publish_sync(event_with_id("a.b", &format!("e-{n}")), Duration::from_secs(60))
-                .await
-                .unwrap()
-                .detail;
-            assert_eq!((detail.record.status, detail.deliveries[0].attempts.len()), (Status::Completed, 1), "e-{n}");
-        }
-        let calls = handler.calls.lock().unwrap().clone();
+        assert!(details.values().all(completed_at_once), "{details:?}");
         assert_eq!(calls, std::iter::once(others + 1).chain(std::iter::repeat_n(1, others + 1)).collect::<Vec<_>>());
-        rig.stop().await;
     }
 }

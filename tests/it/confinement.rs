@@ -341,15 +341,6 @@ const ESCAPE: &str = r#"
     config = ["greeting"]
 "#;
 
-const FAULTS: &str = r#"
-    name = "faults"
-    version = "1.0.0"
-    [capabilities]
-    kv = ["faults"]
-    events = ["faulty.**"]
-    config = ["greeting", "self-check"]
-"#;
-
 /// A compiler for C and its linker.
 struct Compiler {
     clang: PathBuf,
@@ -456,9 +447,7 @@ fn host() -> Host {
 
 /// The guests by their language: the one in C only where it can be compiled.
 async fn guests(host: &Host) -> Vec<(Language, Plugin)> {
-    let faults = std::fs::read(super::support::server::built_plugins().join("faults.wasm")).unwrap();
-    let faults = embed_manifest(&faults, FAULTS).unwrap();
-    let mut guests = vec![(Rust, host.load("faults.wasm", faults.into()).await.unwrap())];
+    let mut guests = vec![(Rust, host.load("faults.wasm", crate::host::faults("").into()).await.unwrap())];
     if let Some(compiler) = compiler() {
         guests.push((C, host.load("escape.wasm", escape(compiler).into()).await.unwrap()));
     }
