@@ -447,7 +447,7 @@ fn host() -> Host {
 
 /// The guests by their language: the one in C only where it can be compiled.
 async fn guests(host: &Host) -> Vec<(Language, Plugin)> {
-    let mut guests = vec![(Rust, host.load("faults.wasm", crate::host::faults("").into()).await.unwrap())];
+    let mut guests = vec![(Rust, host.load("faults.wasm", super::support::guests::faults("").into()).await.unwrap())];
     if let Some(compiler) = compiler() {
         guests.push((C, host.load("escape.wasm", escape(compiler).into()).await.unwrap()));
     }

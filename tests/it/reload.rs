@@ -25,7 +25,7 @@ use tidegate::{Broker, Error, Event, Metrics, Payload, Source, Status, Verdict};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::host::{FAULTS, faults, guest, host};
+use crate::support::guests::{FAULTS, faults, guest, host};
 
 /// Far more than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(120);
