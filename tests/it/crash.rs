@@ -1,28 +1,25 @@
 //! A real server on SQLite, killed again and again while events come in and plugins handle them.
 
-use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rand::{RngExt as _, SeedableRng as _};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::support::history::History;
-use crate::support::server::{Server, built_plugins};
+use crate::support::orders;
+use crate::support::server::Server;
 
 const ROUNDS: u64 = 20;
 const PUBLISHERS: usize = 4;
-const CUSTOMERS: u64 = 5;
 
 /// DESIGN §2.1, §2.2, §2.3, §2.8: what was acknowledged is handled, what a handler wrote is written once.
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_kills_lose_no_acknowledged_event_and_complete_none_twice() {
     let folder = tempfile::tempdir().unwrap();
-    let config = prepare(folder.path());
     let provider = format!("sqlite://{}", folder.path().join("tidegate.db").display());
-    let plugins = folder.path().join("plugins").display().to_string();
-    let arguments = ["--config", &config, "--provider", &provider, "--plugins", &plugins];
+    let arguments = orders::prepare(folder.path(), "only", &provider);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let history = Arc::new(History::default());
     let mut rng = rand::rngs::SmallRng::seed_from_u64(20);
     for round in 0..ROUNDS {
@@ -38,81 +35,25 @@ async fn twenty_kills_lose_no_acknowledged_event_and_complete_none_twice() {
         }
     }
     let server = Server::start(folder.path(), &arguments).await;
-    let details = settled(&server).await;
+    let details = orders::settled(&server).await;
     let log = server.all_events().await;
     assert!(history.count() > 200, "only {} events were acknowledged", history.count());
     let broken = history.violations(&log, &details);
     assert!(broken.is_empty(), "{} violations:\n{}", broken.len(), broken.join("\n"));
-    let effects = wrong_totals(&details);
+    let effects = orders::wrong_totals(&details);
     assert!(effects.is_empty(), "{}", effects.join("\n"));
     println!("{} acknowledged, {} in the log, {ROUNDS} kills", history.count(), log.len());
-}
-
-fn prepare(folder: &Path) -> String {
-    std::fs::create_dir(folder.join("plugins")).unwrap();
-    let plugin = built_plugins().join("order-totals.wasm");
-    std::fs::copy(plugin, folder.join("plugins/order-totals.wasm")).unwrap();
-    let config = folder.join("tidegate.toml");
-    let text = r#"
-        [broker]
-        lease = "1s"
-        [plugins.order-totals]
-        grants = { kv = ["totals"], events = ["shop.totals.update"], config = ["currency"] }
-    "#;
-    std::fs::write(&config, text).unwrap();
-    config.display().to_string()
 }
 
 /// Publishes orders one after the other until the server is gone.
 async fn publish(url: String, history: Arc<History>, round: u64, publisher: usize) {
     let client = reqwest::Client::new();
     for n in 0.. {
-        let id = format!("order-{round}-{publisher}-{n}");
-        let customer = format!("c-{}", n % CUSTOMERS);
-        let payload = json!({"order_id": id, "customer": customer, "total_cents": 100, "currency": "EUR"});
-        let body = json!({"id": id, "type": "shop.orders.create", "key": customer, "payload": payload});
+        let (id, body) = orders::order(&format!("{round}-{publisher}-{n}"), n);
         history.attempting(&id);
         let Ok(answer) = client.post(format!("{url}/v1/events")).json(&body).send().await else { return };
         assert_eq!(answer.status(), 202, "{id}");
         let Ok(json) = answer.json::<Value>().await else { return };
         history.acknowledged(&id, json["seq"].as_u64().unwrap());
     }
-}
-
-/// Waits until nothing is open, and returns every event in detail.
-async fn settled(server: &Server) -> BTreeMap<String, Value> {
-    for _ in 0..600 {
-        let stats = server.get("/v1/stats").await.json;
-        let open = |name: &str| stats["provider_stats"][name].as_u64().unwrap();
-        if open("pending_events") + open("processing_events") == 0 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    let mut details = BTreeMap::new();
-    for event in server.all_events().await {
-        let id = event["id"].as_str().unwrap().to_owned();
-        let detail = server.get(&format!("/v1/events/{id}")).await.json;
-        details.insert(id, detail);
-    }
-    details
-}
-
-/// Every completed order was counted once: the totals published for a customer count 1, 2, 3, … to the number of orders.
-fn wrong_totals(details: &BTreeMap<String, Value>) -> Vec<String> {
-    let mut orders: BTreeMap<&str, u64> = BTreeMap::new();
-    let mut counts: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
-    for detail in details.values() {
-        let customer = detail["payload"]["customer"].as_str().unwrap();
-        match detail["type"].as_str().unwrap() {
-            "shop.orders.create" => *orders.entry(customer).or_default() += 1,
-            _ => counts.entry(customer).or_default().push(detail["payload"]["orders"].as_u64().unwrap()),
-        }
-    }
-    let wrong = |(customer, expected): (&&str, &u64)| {
-        let mut found = counts.get(customer).cloned().unwrap_or_default();
-        found.sort_unstable();
-        (!found.iter().copied().eq(1..=*expected)).then(|| format!("{customer}: {expected} orders, totals {found:?}"))
-    };
-    orders.iter().filter_map(wrong).collect()
 }

@@ -17,6 +17,7 @@ mod host;
 mod house;
 mod instances;
 mod reload;
+mod replicas;
 mod restart;
 mod support;
 mod verdicts;

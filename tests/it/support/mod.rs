@@ -2,5 +2,6 @@
 
 pub(crate) mod guests;
 pub(crate) mod history;
+pub(crate) mod orders;
 pub(crate) mod server;
 pub(crate) mod wire;

@@ -1,0 +1,147 @@
+//! Several real servers over one store that behave as one, whatever is done to one of them.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rand::{RngExt as _, SeedableRng as _};
+use serde_json::Value;
+
+use crate::support::history::History;
+use crate::support::orders;
+use crate::support::server::Server;
+
+const REPLICAS: usize = 3;
+const PUBLISHERS: usize = 3;
+
+/// As [`orders::prepare`] sets it.
+const LEASE: Duration = Duration::from_secs(1);
+
+/// How long after the last blow everything has to be done: what DESIGN §2.5 allows, and a few seconds to do it in.
+const RECOVERY: Duration = Duration::from_secs(6);
+
+/// Servers over one store, with publishers that go to another server when theirs does not answer.
+struct Replicas<'a> {
+    folder: &'a Path,
+    arguments: Vec<Vec<String>>,
+    servers: Vec<Server>,
+    urls: Arc<Mutex<Vec<String>>>,
+    history: Arc<History>,
+}
+
+/// Something that happens to one of the servers.
+#[derive(Debug, Clone, Copy)]
+enum Blow {
+    /// It is killed, and started again.
+    Kill,
+    /// It stops for longer than its leases last, and goes on as if nothing had happened.
+    Freeze,
+}
+
+impl<'a> Replicas<'a> {
+    async fn start(folder: &'a Path, provider: &str) -> Self {
+        let arguments: Vec<_> =
+            (0..REPLICAS).map(|n| orders::prepare(folder, &format!("replica-{n}"), provider)).collect();
+        let mut servers = Vec::new();
+        for arguments in &arguments {
+            servers.push(Server::start(folder, &borrowed(arguments)).await);
+        }
+        let urls = servers.iter().map(|server| server.url.clone()).collect();
+        Self { folder, arguments, servers, urls: Arc::new(Mutex::new(urls)), history: Arc::default() }
+    }
+
+    async fn strike(&mut self, blow: Blow, at: usize) {
+        match blow {
+            Blow::Kill => {
+                self.servers[at].kill();
+                self.servers[at] = Server::start(self.folder, &borrowed(&self.arguments[at])).await;
+                self.urls.lock().unwrap()[at].clone_from(&self.servers[at].url);
+            }
+            Blow::Freeze => {
+                self.servers[at].freeze();
+                // That the lease runs out meanwhile is the point.
+                tokio::time::sleep(LEASE + Duration::from_millis(500)).await;
+                self.servers[at].thaw();
+            }
+        }
+    }
+
+    /// Publishes while `rounds` blows fall, waits until everything is done, and checks what the store then shows.
+    async fn under(mut self, rounds: usize, seed: u64, blows: &[Blow]) {
+        let stop = Arc::new(AtomicBool::new(false));
+        let publish = |p| publish(Arc::clone(&self.urls), Arc::clone(&self.history), Arc::clone(&stop), p);
+        let publishers: Vec<_> = (0..PUBLISHERS).map(|p| tokio::spawn(publish(p))).collect();
+        let mut rng = rand::rngs::SmallRng::seed_from_u64(seed);
+        for round in 0..rounds {
+            // The moment of the blow is what the test varies, not what it waits for.
+            tokio::time::sleep(Duration::from_millis(rng.random_range(20..300))).await;
+            self.strike(blows[round % blows.len()], rng.random_range(0..REPLICAS)).await;
+        }
+        stop.store(true, Ordering::SeqCst);
+        for publisher in publishers {
+            publisher.await.unwrap();
+        }
+        let quiet = Instant::now();
+        let details = orders::settled(&self.servers[0]).await;
+        let took = quiet.elapsed();
+        let log = self.servers[1].all_events().await;
+        let broken = self.history.violations(&log, &details);
+        assert!(broken.is_empty(), "{} violations:\n{}", broken.len(), broken.join("\n"));
+        let effects = orders::wrong_totals(&details);
+        assert!(effects.is_empty(), "{}", effects.join("\n"));
+        assert!(self.history.count() > 50, "only {} events were acknowledged", self.history.count());
+        assert!(took < LEASE + RECOVERY, "{took:?} until everything was done");
+        assert_eq!(workers(&details), REPLICAS, "not every server worked");
+        println!(
+            "{} acknowledged, {} in the log, {rounds} blows, done after {took:?}",
+            self.history.count(),
+            log.len()
+        );
+    }
+}
+
+fn borrowed(arguments: &[String]) -> Vec<&str> {
+    arguments.iter().map(String::as_str).collect()
+}
+
+/// How many processes made attempts.
+fn workers(details: &std::collections::BTreeMap<String, Value>) -> usize {
+    let deliveries = details.values().flat_map(|detail| detail["deliveries"].as_array().into_iter().flatten());
+    let attempts = deliveries.flat_map(|delivery| delivery["attempts"].as_array().into_iter().flatten());
+    attempts.filter_map(|attempt| attempt["worker"].as_str()).collect::<std::collections::BTreeSet<_>>().len()
+}
+
+/// Publishes orders until it is stopped, each as often and wherever it takes until it is acknowledged.
+async fn publish(urls: Arc<Mutex<Vec<String>>>, history: Arc<History>, stop: Arc<AtomicBool>, publisher: usize) {
+    let client = reqwest::Client::builder().timeout(Duration::from_secs(5)).build().unwrap();
+    let mut at = publisher;
+    for n in 0.. {
+        let (id, body) = orders::order(&format!("{publisher}-{n}"), n);
+        history.attempting(&id);
+        loop {
+            let url = urls.lock().unwrap()[at % REPLICAS].clone();
+            let answer = client.post(format!("{url}/v1/events")).json(&body).send().await;
+            let answer = answer.and_then(reqwest::Response::error_for_status);
+            if let Ok(answer) = answer
+                && let Ok(json) = answer.json::<Value>().await
+            {
+                history.acknowledged(&id, json["seq"].as_u64().unwrap());
+                break;
+            }
+            at += 1;
+            tokio::task::yield_now().await;
+        }
+        if stop.load(Ordering::SeqCst) {
+            return;
+        }
+    }
+}
+
+/// DESIGN §2.3, §2.5 and BEHAVIOURS E12, where the store is a file that processes share.
+#[tokio::test(flavor = "multi_thread")]
+async fn three_servers_on_one_file_lose_nothing_when_one_is_killed_or_stands_still() {
+    let folder = tempfile::tempdir().unwrap();
+    let provider = format!("sqlite://{}", folder.path().join("tidegate.db").display());
+    Replicas::start(folder.path(), &provider).await.under(6, 3, &[Blow::Kill, Blow::Freeze]).await;
+}
