@@ -98,6 +98,10 @@ pub struct VersionStatus {
     pub size: usize,
     /// Since when it serves.
     pub active_since: Timestamp,
+    /// The most events of one call.
+    pub max_batch: usize,
+    /// How many events an instance serves, one after the other.
+    pub reuse: u32,
     /// What its attempts may use.
     pub limits: Limits,
 }
@@ -413,6 +417,8 @@ impl Plugin {
             digest: Arc::clone(self.digest()),
             size: self.size,
             active_since: self.since,
+            max_batch: self.prepared.terms.max_batch,
+            reuse: self.prepared.terms.reuse,
             limits: self.limits().clone(),
         };
         PluginStatus { name: self.manifest.name.clone(), active: Some(active), refused: None }

@@ -107,8 +107,9 @@ async fn a_batch_has_the_fuel_of_its_events_and_the_time_of_one() {
 async fn a_batch_is_no_larger_than_agreed() {
     let none = json!({"fault": "none"});
     for (options, manifest, expected) in [("", "[batch]\nmax = 3\n", 3), ("batch = { max = 2 }", "", 2)] {
-        let (_host, handler) = prepared(options, "", manifest).await.unwrap();
+        let (host, handler) = prepared(options, "", manifest).await.unwrap();
         assert_eq!(handler.max_batch(), expected);
+        assert_eq!(host.status("faults").unwrap().active.unwrap().max_batch, expected);
         assert!(batch(&handler, &vec![none.clone(); expected]).await.is_some());
         assert_eq!(batch(&handler, &vec![none.clone(); expected + 1]).await, None);
     }
@@ -181,7 +182,8 @@ async fn an_instance_serves_as_many_events_as_agreed() {
     let (_host, handler) = prepared("reuse = 9", "", "").await.unwrap();
     assert_eq!([handled(&handler).await, handled(&handler).await], [1, 1], "only a plugin itself asks for it");
 
-    let (_host, handler) = prepared("", "reuse = 5", "").await.unwrap();
+    let (host, handler) = prepared("", "reuse = 5", "").await.unwrap();
+    assert_eq!(host.status("faults").unwrap().active.unwrap().reuse, 5);
     let instance = json!({"fault": "instance"});
     let outcomes = batch(&handler, &vec![instance; 4]).await.unwrap();
     assert_eq!(outcomes.iter().map(reply).collect::<Vec<_>>(), [1, 2, 3, 4]);
