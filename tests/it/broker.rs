@@ -619,6 +619,21 @@ async fn rate_bounds_the_attempts_per_second() {
     assert!(took >= Duration::from_secs(3) && took < Duration::from_secs(5), "{took:?}");
 }
 
+/// On one thread, where whoever does not yield keeps all others waiting.
+#[tokio::test]
+async fn handlers_that_never_wait_leave_others_their_turn() {
+    let rig = Rig::start().await;
+    let calls = calls();
+    rig.broker.declare(subscription("s", "*")).await.unwrap();
+    rig.broker.publish_batch((0..1_000).map(|_| event("a.b")).collect()).await.unwrap();
+    rig.on("s", "*", counting(&calls)).await;
+    while calls.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let handled = calls.load(Ordering::SeqCst);
+    assert!(handled < 500, "{handled} events were handled before anybody else had a turn");
+}
+
 /// What a rate holds back is taken up with the next token, not with the next poll.
 #[tokio::test(start_paused = true)]
 async fn one_event_more_than_the_rate_waits_for_one_token() {
