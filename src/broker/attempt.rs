@@ -75,9 +75,13 @@ async fn attempts(shared: &Arc<Shared>, Job { binding, leases, began }: Job, end
 }
 
 /// Settles unless there are few results and the last took no time, so that the next hardly will.
+///
+/// Handlers that never wait would keep the thread for as long as there is work, and the runtime lets nobody else take
+/// over what was woken here last, be it another worker or a publisher: hence a turn for others.
 async fn settle_in_time(shared: &Arc<Shared>, ended: &mut Vec<Ended>) {
     if ended.len() >= TOGETHER || ended.last().is_some_and(|last| last.duration > SHORT) {
         shared.settle(ended).await;
+        tokio::task::yield_now().await;
     }
 }
 

@@ -131,7 +131,7 @@ impl Prepared {
         let mut instance = Instance::new(&self.linked, &terms, slot);
         let call = introduction(&terms.name, allowed).map_err(|error| failed(&error))?;
         instance.begin([call], Instant::now().checked_add(allowed), self.fuel(1));
-        match self.run(engine, &mut instance, Export::SelfCheck, &[], allowed).await {
+        match self.run(engine, &mut instance, Export::SelfCheck, &[]).await {
             End::NotBegun(error) => Err(self.unstarted(error, instance.store.data().meter.has_refused())),
             End::Waiting if instance.bound.is_none() => {
                 Err(Unstarted::Failed(format!("takes longer than {allowed:?} to start")))
@@ -184,7 +184,7 @@ impl Prepared {
             },
         };
         instance.begin(calls, deadline, self.fuel(events.len()));
-        let end = self.run(engine, &mut instance, export, events, allowed).await;
+        let end = self.run(engine, &mut instance, export, events).await;
         let may_go_on = matches!(&end, End::Returned(answers) if answers.len() == events.len())
             && instance.store.data().is_within_limits();
         let ended = self.judge(end, &mut instance, events.len(), allowed);
@@ -198,23 +198,16 @@ impl Prepared {
     }
 
     /// Calls an export of an instance whose limits are armed, in the pool, or beside it where that is full.
-    async fn run(
-        &self,
-        engine: &Arc<Engine>,
-        instance: &mut Instance,
-        export: Export,
-        events: &[Arc<Event>],
-        allowed: Duration,
-    ) -> End {
+    async fn run(&self, engine: &Arc<Engine>, instance: &mut Instance, export: Export, events: &[Arc<Event>]) -> End {
         let deadline = instance.store.data().deadline();
         instance.served = instance.served.saturating_add(u32::try_from(events.len()).unwrap_or(u32::MAX));
-        let end = until(deadline, allowed, call_in(&self.linked, instance, export, events)).await;
+        let end = until(deadline, call_in(&self.linked, instance, export, events)).await;
         if !is_pool_full(&end) {
             return end;
         }
         let Some(outside) = self.outside_the_pool(engine).await else { return end };
         instance.move_to(outside, self.fuel(events.len()));
-        until(deadline, allowed, call_in(outside, instance, export, events)).await
+        until(deadline, call_in(outside, instance, export, events)).await
     }
 
     /// What runs on an engine without a pool, made at the first need of it.
@@ -404,9 +397,12 @@ async fn instantiate(linked: &Linked, store: &mut Store<State>) -> wasmtime::Res
 }
 
 /// Waits for the call, and a little longer than until `deadline`.
-async fn until(deadline: Option<Instant>, allowed: Duration, call: impl Future<Output = End>) -> End {
-    let left = deadline.map_or(allowed, |deadline| deadline.saturating_duration_since(Instant::now()));
-    tokio::time::timeout(left.saturating_add(GRACE), call).await.unwrap_or(End::Waiting)
+async fn until(deadline: Option<Instant>, call: impl Future<Output = End>) -> End {
+    match deadline.and_then(|deadline| deadline.checked_add(GRACE)) {
+        Some(latest) => tokio::time::timeout_at(latest.into(), call).await.unwrap_or(End::Waiting),
+        // Nobody lives to see it.
+        None => call.await,
+    }
 }
 
 fn is_pool_full(end: &End) -> bool {
