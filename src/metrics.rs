@@ -5,11 +5,12 @@
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use foldhash::HashMap;
+use parking_lot::RwLock;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -226,10 +227,10 @@ impl Metrics {
     #[must_use]
     pub fn of_type(&self, source: Source, event_type: &EventType) -> Arc<TypeMetrics> {
         let key = (source, event_type.clone());
-        if let Some(known) = self.inner.types.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+        if let Some(known) = self.inner.types.read().get(&key) {
             return Arc::clone(known);
         }
-        let mut types = self.inner.types.write().unwrap_or_else(PoisonError::into_inner);
+        let mut types = self.inner.types.write();
         if types.len() >= self.inner.max_types {
             return Arc::new(TypeMetrics::new(&self.inner.families, source, "other"));
         }
@@ -249,7 +250,7 @@ impl Metrics {
     /// earlier ones is forgotten, so that replacing a plugin every minute does not fill the memory.
     #[must_use]
     pub fn of_plugin(&self, plugin: &str, digest: &str) -> PluginMetrics {
-        let mut versions = self.inner.versions.write().unwrap_or_else(PoisonError::into_inner);
+        let mut versions = self.inner.versions.write();
         let kept = versions.entry(plugin.to_owned()).or_default();
         kept.retain(|known| known != digest);
         kept.push_back(digest.to_owned());

@@ -4,12 +4,13 @@
 //! that a busy broker writes few and large batches and an idle one does not wait. Elsewhere each worker settles what it
 //! did.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use foldhash::HashMap;
 use jiff::Timestamp;
+use parking_lot::{Mutex, MutexGuard};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::sync::{Notify, mpsc, watch};
@@ -70,7 +71,7 @@ impl Held {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, (LeaseKey, Instant)>> {
-        self.by_token.lock().unwrap_or_else(PoisonError::into_inner)
+        self.by_token.lock()
     }
 
     pub(super) fn hold(&self, leases: &[Lease], since: Instant) {
@@ -386,7 +387,7 @@ impl Jitter {
     }
 
     fn roll(&self) -> f64 {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).random()
+        self.0.lock().random()
     }
 }
 

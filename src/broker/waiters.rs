@@ -2,12 +2,13 @@
 //!
 //! What became of an event is not known here: who is told looks it up.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
 use foldhash::HashMap;
+use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::sync::Notify;
 
@@ -24,7 +25,7 @@ impl Waiters {
     /// Is told of this event from now on.
     pub(super) fn register(&self, id: &EventId) -> Waiting<'_> {
         let notify = Arc::new(Notify::new());
-        let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut by_id = self.by_id.lock();
         by_id.entry(id.clone()).or_default().push(Arc::clone(&notify));
         self.count.fetch_add(1, Ordering::SeqCst);
         drop(by_id);
@@ -32,7 +33,7 @@ impl Waiters {
     }
 
     fn forget(&self, id: &EventId, notify: &Arc<Notify>) {
-        let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut by_id = self.by_id.lock();
         if let Some(list) = by_id.get_mut(id) {
             list.retain(|known| !Arc::ptr_eq(known, notify));
             if list.is_empty() {
@@ -46,7 +47,7 @@ impl Waiters {
         if self.count.load(Ordering::SeqCst) == 0 {
             return;
         }
-        let by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
+        let by_id = self.by_id.lock();
         by_id.get(id).into_iter().flatten().for_each(|notify| notify.notify_one());
     }
 }

@@ -8,9 +8,10 @@ use std::fs::{self, File};
 use std::hash::{Hash as _, Hasher as _};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
+use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
 use wasmtime::Engine;
 use wasmtime::component::Component;
@@ -121,13 +122,13 @@ impl Cache {
     }
 
     fn uses(&self, name: String, digest: &Arc<str>) {
-        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut used = self.used.lock();
         used.retain(|(_, plugin)| plugin.strong_count() > 0);
         used.push((name, Arc::downgrade(digest)));
     }
 
     fn is_used(&self, name: &str) -> bool {
-        let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let used = self.used.lock();
         used.iter().any(|(known, plugin)| known == name && plugin.strong_count() > 0)
     }
 

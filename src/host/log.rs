@@ -4,11 +4,12 @@
 
 use std::collections::VecDeque;
 use std::mem;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use crate::delivery::LogLine;
 use crate::event::EventId;
 use crate::handler::Call;
+use parking_lot::Mutex;
 
 /// Levels as guests number them.
 pub(super) const INFO: u8 = 2;
@@ -67,8 +68,8 @@ impl Log {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Tail>> {
-        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> parking_lot::MutexGuard<'_, Option<Tail>> {
+        self.tail.lock()
     }
 }
 
@@ -277,7 +278,7 @@ mod tests {
 
     impl std::io::Write for Written {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
+            self.0.lock().extend_from_slice(bytes);
             Ok(bytes.len())
         }
 
@@ -298,7 +299,7 @@ mod tests {
                 false => tracing::subscriber::with_default(lines.finish(), work),
                 true => tracing::subscriber::with_default(lines.json().finish(), work),
             }
-            let shown = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
+            let shown = String::from_utf8(written.0.lock().clone()).unwrap();
             let shown: Vec<&str> = shown.lines().collect();
             assert!((8..=11).contains(&shown.len()), "{shown:#?}");
             let (last, first) = shown.split_last().unwrap();

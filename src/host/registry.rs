@@ -6,13 +6,14 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use semver::Version;
 use serde::Serialize;
 
@@ -225,12 +226,12 @@ impl Host {
     /// The version that is active under `name`.
     #[must_use]
     pub fn active(&self, name: &str) -> Option<Arc<Plugin>> {
-        lock(&self.inner.slots).get(name).and_then(|slot| slot.active.load_full())
+        self.inner.slots.lock().get(name).and_then(|slot| slot.active.load_full())
     }
 
     /// The version with this digest, if it is active.
     pub(super) fn active_of(&self, digest: &str) -> Option<Arc<Plugin>> {
-        let slots = lock(&self.inner.slots);
+        let slots = self.inner.slots.lock();
         slots.values().filter_map(|slot| slot.active.load_full()).find(|plugin| &**plugin.digest() == digest)
     }
 
@@ -259,8 +260,8 @@ impl Host {
     /// All plugins by name, those of refused candidates included.
     #[must_use]
     pub fn plugins(&self) -> Vec<PluginStatus> {
-        let mut refused: Vec<Refusal> = lock(&self.inner.refused).values().cloned().collect();
-        let active = lock(&self.inner.slots).values().filter_map(|slot| slot.active.load_full()).collect::<Vec<_>>();
+        let mut refused: Vec<Refusal> = self.inner.refused.lock().values().cloned().collect();
+        let active = self.inner.slots.lock().values().filter_map(|slot| slot.active.load_full()).collect::<Vec<_>>();
         let mut all: Vec<PluginStatus> = active.iter().map(|plugin| plugin.status()).collect();
         for status in &mut all {
             let own = refused.iter().position(|refusal| refusal.plugin.as_ref() == Some(&status.name));
@@ -277,7 +278,7 @@ impl Host {
 
     /// Remembers that a candidate was refused, and reports it once.
     pub(super) fn refuse(&self, refusal: Refusal) {
-        let mut refused = lock(&self.inner.refused);
+        let mut refused = self.inner.refused.lock();
         let is_same = |known: &Refusal| known.digest == refusal.digest && known.error == refusal.error;
         if refused.get(&refusal.origin).is_some_and(is_same) {
             return;
@@ -289,19 +290,14 @@ impl Host {
 
     /// Forgets the refusal of what came from `origin`.
     pub(super) fn forget_refusal(&self, origin: &str) {
-        lock(&self.inner.refused).remove(origin);
+        self.inner.refused.lock().remove(origin);
     }
 
     fn slot(&self, name: &str) -> Arc<Slot> {
-        let mut slots = lock(&self.inner.slots);
+        let mut slots = self.inner.slots.lock();
         let new = || Arc::new(Slot { name: name.to_owned(), active: ArcSwapOption::empty() });
         Arc::clone(slots.entry(name.to_owned()).or_insert_with(new))
     }
-}
-
-/// What stands behind these locks is whole at every moment: a panic elsewhere is no reason to stop.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn file_name(origin: &str) -> String {

@@ -5,9 +5,10 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
 /// How long an instance stays idle before its memory is given back.
@@ -78,7 +79,7 @@ impl Slots {
     }
 
     fn all(&self) -> Vec<Arc<dyn Idling>> {
-        let mut idle = lock(&self.idle);
+        let mut idle = self.idle.lock();
         idle.retain(|idle| idle.strong_count() > 0);
         idle.iter().filter_map(Weak::upgrade).collect()
     }
@@ -118,18 +119,18 @@ impl<T: Send + 'static> Idle<T> {
         let kept = Kept { is_open: true, instances: VecDeque::new() };
         let idle = Arc::new(Self { slots: Arc::clone(slots), kept: Mutex::new(kept) });
         let known: Weak<Self> = Arc::downgrade(&idle);
-        lock(&slots.idle).push(known);
+        slots.idle.lock().push(known);
         idle
     }
 
     /// The instance that became idle last: its memory is the likeliest to be at hand.
     pub(super) fn take(&self) -> Option<T> {
-        lock(&self.kept).instances.pop_back().map(|(_, instance)| instance)
+        self.kept.lock().instances.pop_back().map(|(_, instance)| instance)
     }
 
     /// Keeps an instance for later, unless there are enough, somebody waits for its slot, or nobody may come any more.
     pub(super) fn put(&self, instance: T) {
-        let mut kept = lock(&self.kept);
+        let mut kept = self.kept.lock();
         let over = match kept.is_open {
             false => Some(instance),
             true => {
@@ -147,12 +148,12 @@ impl<T: Send + 'static> Idle<T> {
 
     /// Instances may be kept.
     pub(super) fn open(&self) {
-        lock(&self.kept).is_open = true;
+        self.kept.lock().is_open = true;
     }
 
     /// Lets all go and keeps no more.
     pub(super) fn close(&self) {
-        let mut kept = lock(&self.kept);
+        let mut kept = self.kept.lock();
         kept.is_open = false;
         let instances = std::mem::take(&mut kept.instances);
         drop(kept);
@@ -162,12 +163,12 @@ impl<T: Send + 'static> Idle<T> {
 
 impl<T: Send + 'static> Idling for Idle<T> {
     fn oldest(&self) -> Option<Instant> {
-        lock(&self.kept).instances.front().map(|(since, _)| *since)
+        self.kept.lock().instances.front().map(|(since, _)| *since)
     }
 
     fn release(&self, limit: Instant, count: usize) {
         for _ in 0..count {
-            let mut kept = lock(&self.kept);
+            let mut kept = self.kept.lock();
             let is_due = kept.instances.front().is_some_and(|(since, _)| *since <= limit);
             let due = is_due.then(|| kept.instances.pop_front()).flatten();
             drop(kept);
@@ -176,11 +177,6 @@ impl<T: Send + 'static> Idling for Idle<T> {
             }
         }
     }
-}
-
-/// What stands behind these locks is whole at every moment.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -251,7 +247,7 @@ mod tests {
         for number in 0..=MAX_IDLE {
             idle.put((number, slot(&slots).await));
         }
-        assert_eq!(lock(&idle.kept).instances.front().map(|(_, (number, _))| *number), Some(1));
+        assert_eq!(idle.kept.lock().instances.front().map(|(_, (number, _))| *number), Some(1));
         idle.close();
         assert_eq!(slots.free.available_permits(), 100);
         idle.put((0, slot(&slots).await));

@@ -4,9 +4,10 @@
 //! taken port is noticed before anything is touched.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::problem::Problem;
 use crate::broker::Broker;
@@ -77,7 +78,7 @@ impl Gate {
     }
 
     fn waiting(&self) -> MutexGuard<'_, BTreeSet<&'static str>> {
-        self.inner.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.waiting.lock()
     }
 }
 

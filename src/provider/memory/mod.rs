@@ -11,12 +11,13 @@ mod queue;
 mod state;
 mod work;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -91,7 +92,7 @@ impl MemoryProvider {
 
     /// Runs `work` on the state at the present instant.
     fn enter<T>(&self, work: impl FnOnce(&mut State, i64) -> T) -> Result<T> {
-        let mut guard = lock(&self.state);
+        let mut guard = self.state.lock();
         // Read under the lock: time must go on in the order in which calls change the state, or a claim could meet a
         // delivery that is due in its future and drop the hint of it.
         let now = (self.clock)();
@@ -108,11 +109,6 @@ impl MemoryProvider {
         }
         Ok(answer)
     }
-}
-
-/// A panic while the lock was held cannot have left a count half changed in a way that matters more than going on.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[async_trait]
@@ -155,7 +151,7 @@ impl Provider for MemoryProvider {
 
     async fn get(&self, id: &str) -> Result<Option<EventDetail>> {
         // Nothing is looked up more often: no clock is read for it.
-        Ok(lock(&self.state).as_ref().ok_or(Error::Stopped("provider"))?.get(id))
+        Ok(self.state.lock().as_ref().ok_or(Error::Stopped("provider"))?.get(id))
     }
 
     async fn list(&self, filter: &EventFilter) -> Result<EventPage> {
@@ -209,7 +205,7 @@ impl Provider for MemoryProvider {
     }
 
     async fn close(&self) -> Result<()> {
-        lock(&self.state).take();
+        self.state.lock().take();
         self.wake.send_modify(|ticks| *ticks = ticks.wrapping_add(1));
         Ok(())
     }
