@@ -22,6 +22,9 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// A connection that has not been used for this long is tried before it is used.
 const STALE: Duration = Duration::from_secs(1);
 
+/// How long to leave a server alone that is still starting.
+const STARTING: Duration = Duration::from_millis(100);
+
 /// The longest name that PostgreSQL does not cut.
 const MAX_NAME: usize = 63;
 
@@ -54,7 +57,7 @@ pub(super) async fn open(options: &Options) -> Result<Opened> {
     let schema = quoted(&options.schema)?;
     let (connect, place) = connect_options(options)?;
     let refused = |error| refusal(&place, &options.schema, error);
-    let connecting = tokio::time::timeout(options.acquire_timeout, connect.connect());
+    let connecting = tokio::time::timeout(options.acquire_timeout, reach(&connect));
     let late = || {
         let words = "the server did not answer within postgres.acquire_timeout: check address, port and firewall";
         Error::store("postgres", format!("connect to {place}"), words)
@@ -73,6 +76,18 @@ pub(super) async fn open(options: &Options) -> Result<Opened> {
     // Whether the server hears the goodbye makes no difference.
     drop(tokio::time::timeout(Duration::from_secs(5), connection.close()).await);
     Ok(Opened { pool: pool(options, connect), schema, place, server })
+}
+
+/// Connects, and waits for a server that is still starting.
+async fn reach(connect: &PgConnectOptions) -> sqlx::Result<PgConnection> {
+    loop {
+        let answer = connect.connect().await;
+        let code = answer.as_ref().err().and_then(sqlx::Error::as_database_error).and_then(|error| error.code());
+        if code.as_deref() != Some("57P03") {
+            return answer;
+        }
+        tokio::time::sleep(STARTING).await;
+    }
 }
 
 fn pool(options: &Options, connect: PgConnectOptions) -> PgPool {
