@@ -16,6 +16,7 @@ mod edges;
 mod host;
 mod house;
 mod instances;
+mod postgres;
 mod reload;
 mod replicas;
 mod restart;

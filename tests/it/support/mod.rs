@@ -3,5 +3,6 @@
 pub(crate) mod guests;
 pub(crate) mod history;
 pub(crate) mod orders;
+pub(crate) mod postgres;
 pub(crate) mod server;
 pub(crate) mod wire;
