@@ -29,6 +29,7 @@
 pub mod conformance;
 pub mod inbox;
 pub mod memory;
+pub mod postgres;
 pub mod rules;
 pub mod sqlite;
 
