@@ -10,11 +10,15 @@
 
 mod bad_input;
 mod broker;
+mod capture_postgres;
+mod capture_sqlite;
 mod confinement;
 mod crash;
 mod edges;
 mod host;
+mod hooks;
 mod house;
+mod outbox;
 mod reload;
 mod restart;
 mod support;
