@@ -73,7 +73,6 @@ impl Shared {
                 let request = RouteRequest {
                     matcher: &|event_type: &EventType| routes.matching(event_type),
                     max: ROUTE,
-                    instance_id: Arc::clone(&self.instance_id),
                     max_payload: self.options.max_payload,
                 };
                 self.provider.route(&request).await?

@@ -10,6 +10,7 @@ mod dead;
 mod events;
 mod exit;
 pub mod follow;
+mod migrate;
 pub mod plugin;
 mod plugins;
 mod publish;
@@ -60,6 +61,8 @@ enum Command {
     /// Turn writes to tables of a database into events
     #[command(subcommand)]
     Capture(capture::Command),
+    /// Make the store's schema or bring it up to date, and end
+    Migrate(migrate::Args),
     /// Print the configuration that is in force, secrets masked
     Config(config::Args),
 }
@@ -87,6 +90,7 @@ impl Command {
             Self::Replay(args) => args.client.json,
             Self::Plugin(command) => command.is_json(),
             Self::Capture(command) => command.is_json(),
+            Self::Migrate(args) => args.json,
             Self::Config(args) => args.json,
         }
     }
@@ -102,6 +106,7 @@ fn run(command: Command) -> Result<Exit> {
         Command::Replay(args) => wait(replay::run(args)),
         Command::Plugin(command) => plugins::run(command),
         Command::Capture(command) => wait(capture::run(command)),
+        Command::Migrate(args) => wait(migrate::run(args)),
         Command::Config(args) => config::run(args),
     }
 }

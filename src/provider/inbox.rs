@@ -11,12 +11,15 @@ use jiff::Timestamp;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use super::{Append, RouteRequest};
+use super::{Append, Appended, RouteRequest, Routed, RoutedEvent};
 use crate::error::{Error, Result, quote};
 use crate::event::{Event, EventId, EventType, JSON, Metadata, Payload, Source, UserId, short_text};
 
 /// The type of the event that stands for a row which cannot become one.
 pub const REFUSED: &str = "tidegate.inbox.refused";
+
+/// The instance of an event that names none.
+pub const INSTANCE: &str = "database";
 
 /// The most characters of a reason that are kept.
 const REASON: usize = 1_000;
@@ -40,7 +43,7 @@ pub struct InboxRow {
     pub user_id: Option<String>,
     /// The session.
     pub session_id: Option<String>,
-    /// The instance; the one that routes where it is absent.
+    /// The instance; [`INSTANCE`] where it is absent.
     pub instance_id: Option<String>,
     /// The schema; the type's where it is absent.
     pub schema: Option<String>,
@@ -77,7 +80,7 @@ impl InboxRow {
             Ok(event) => event,
             Err(error) => {
                 tracing::warn!(position, event_type = named, %error, "a row of the inbox cannot become an event");
-                refused(position, &named, &error, request)?
+                refused(position, &named, &error)?
             }
         };
         let subscriptions = (request.matcher)(&event.event_type);
@@ -102,7 +105,7 @@ impl InboxRow {
         event.key = self.key.map(legal_key);
         event.user_id = self.user_id.as_deref().map(user_id).transpose()?;
         event.session_id = self.session_id.map(Arc::from);
-        event.instance_id = self.instance_id.map_or_else(|| Arc::clone(&request.instance_id), Arc::from);
+        event.instance_id = self.instance_id.filter(|name| !name.is_empty()).map_or(INSTANCE.into(), Arc::from);
         event.schema = self.schema.map(Arc::from).or(event.schema);
         event.entity = self.entity.map(Arc::from).or(event.entity);
         event.operation = self.operation.map(Arc::from).or(event.operation);
@@ -114,11 +117,27 @@ impl InboxRow {
     }
 }
 
-fn refused(position: i64, named: &str, error: &Error, request: &RouteRequest<'_>) -> Result<Event> {
+/// What is told of rows that became these, each with what the store made of it; `None` where another one took the row.
+pub(super) fn routed<'a>(rows: impl IntoIterator<Item = (&'a Append, Option<Appended>)>) -> Routed {
+    let mut routed = Routed::default();
+    for (append, appended) in rows {
+        routed.taken += 1;
+        if appended.is_some_and(|appended| !appended.duplicate) {
+            routed.events.push(RoutedEvent {
+                source: append.event.source,
+                event_type: append.event.event_type.clone(),
+                subscriptions: Arc::clone(&append.subscriptions),
+            });
+        }
+    }
+    routed
+}
+
+fn refused(position: i64, named: &str, error: &Error) -> Result<Event> {
     let reason: String = error.to_string().chars().take(REASON).collect();
     let words = json!({"position": position, "type": named, "reason": reason});
     let mut event = Event::new(Source::System, EventType::parse(REFUSED)?, Payload::json(&words)?);
-    event.instance_id = Arc::clone(&request.instance_id);
+    event.instance_id = INSTANCE.into();
     Ok(event)
 }
 
@@ -177,8 +196,7 @@ mod tests {
 
     fn appended(row: InboxRow) -> Append {
         let matcher = |event_type: &EventType| -> Arc<[Arc<str>]> { [Arc::from(event_type.as_str())].into() };
-        row.into_append(&RouteRequest { matcher: &matcher, max: 1, instance_id: "here".into(), max_payload: 64 })
-            .unwrap()
+        row.into_append(&RouteRequest { matcher: &matcher, max: 1, max_payload: 64 }).unwrap()
     }
 
     fn row() -> InboxRow {
@@ -189,7 +207,7 @@ mod tests {
     fn what_a_row_leaves_out_is_filled_in() {
         let Append { event, subscriptions } = appended(row());
         assert_eq!(&*subscriptions, [Arc::from("public.users.create")]);
-        assert_eq!((event.source, &*event.instance_id), (Source::Database, "here"));
+        assert_eq!((event.source, &*event.instance_id), (Source::Database, INSTANCE));
         assert_eq!(event.schema.as_deref(), Some("public"));
         assert_eq!(event.operation.as_deref(), Some("create"));
         assert_eq!(event.payload.bytes(), "null");

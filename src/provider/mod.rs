@@ -259,8 +259,6 @@ pub struct RouteRequest<'a> {
     pub matcher: &'a Matcher<'a>,
     /// The most rows to take.
     pub max: usize,
-    /// The instance of events that name none.
-    pub instance_id: Arc<str>,
     /// The largest payload of an event, in bytes.
     pub max_payload: u64,
 }
@@ -270,7 +268,7 @@ pub struct RouteRequest<'a> {
 pub struct Routed {
     /// The rows that were taken. When they are as many as were allowed, there may be more.
     pub taken: usize,
-    /// What is new in the log, in the order of seq.
+    /// What is new in the log.
     pub events: Vec<RoutedEvent>,
 }
 

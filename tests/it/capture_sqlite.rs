@@ -239,7 +239,7 @@ async fn a_row_that_is_written_beside_a_running_broker_is_handled() {
         scene.run(&format!("INSERT INTO orders VALUES ({id}, 5)")).await;
         let event = tokio::time::timeout(Duration::from_secs(60), handled.recv()).await.unwrap().unwrap();
         assert_eq!((event.event_type.as_str(), event.key.as_deref()), ("main.orders.create", Some(&*id.to_string())));
-        assert_eq!((&*event.instance_id, &event.metadata["table_name"]), ("test", &json!("orders")));
+        assert_eq!((&*event.instance_id, &event.metadata["table_name"]), ("database", &json!("orders")));
     }
     scene.run("INSERT INTO inbox (type, payload) VALUES ('a.b', '{')").await;
     let refused = EventFilter { pattern: Some("tidegate.inbox.*".parse().unwrap()), ..EventFilter::default() };
@@ -251,7 +251,7 @@ async fn a_row_that_is_written_beside_a_running_broker_is_handled() {
     .await
     .unwrap();
     let stats = broker.stats().await.unwrap();
-    assert_eq!((stats.total_published, &stats.provider_stats.provider_specific["inbox_rows"]), (4, &json!(0)));
+    assert_eq!((stats.total_published, &stats.provider_stats.provider_specific["inbox_waiting"]), (4, &json!(0)));
     drop(stop);
     running.await.unwrap().unwrap();
 }

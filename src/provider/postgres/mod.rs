@@ -5,28 +5,41 @@
 //! of commits. Almost every call is one statement over all it is about. Nothing is kept here that the database does not
 //! have, but the numbers of subscriptions, which never change. Listening for notifications is not done here.
 
+mod append;
+mod claim;
+mod documents;
+mod names;
 mod open;
+mod operate;
+mod read;
+mod route;
+mod row;
 mod session;
+mod settle;
 mod trouble;
+mod watch;
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
 use serde::{Deserialize, Serialize};
-use sqlx::Row as _;
 use sqlx::postgres::PgPool;
-use tokio::sync::watch;
+use tokio::sync::watch as channel;
 
-use self::session::Session;
-use self::trouble::{Step, Trouble, Turns};
-use super::Clock;
+use self::append::Numbers;
+use self::trouble::{Step, Turns};
+use super::{
+    Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
+    Document, Documents, Durability, EventFilter, EventPage, Expect, Inbox, LeaseKey, LogPage, Provider, ProviderStats,
+    Retention, RouteRequest, Routed, Settled, Settlement,
+};
+use crate::delivery::EventDetail;
 use crate::error::{Error, Result};
-use crate::event::MAX_PAYLOAD;
+use crate::event::Seq;
 
 /// Where the database is, and how it is used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,9 +63,6 @@ pub struct Options {
     pub poll_interval: Duration,
     /// Whether statements are prepared. `false` for PgBouncer in transaction mode.
     pub prepared: bool,
-    /// The largest payload that is taken from the inbox, in bytes. In the configuration `limits.max_payload`.
-    #[serde(skip)]
-    pub max_payload: u64,
 }
 
 impl Default for Options {
@@ -65,14 +75,38 @@ impl Default for Options {
             statement_timeout: Duration::from_secs(30),
             poll_interval: Duration::from_millis(500),
             prepared: true,
-            max_payload: MAX_PAYLOAD,
         }
+    }
+}
+
+impl Options {
+    /// Checks what the types do not already guarantee.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the field.
+    pub fn validate(&self) -> Result<()> {
+        open::quoted(&self.schema)?;
+        let spans = [
+            ("acquire_timeout", self.acquire_timeout),
+            ("statement_timeout", self.statement_timeout),
+            ("poll_interval", self.poll_interval),
+        ];
+        for (field, span) in spans {
+            if span < Duration::from_millis(1) || span > Duration::from_secs(86_400) {
+                return Err(Error::invalid(field, format!("{span:?}"), "must be between 1ms and 24h"));
+            }
+        }
+        if self.max_connections < 2 {
+            let reason = "must be at least 2: one to write, one to read";
+            return Err(Error::invalid("max_connections", self.max_connections.to_string(), reason));
+        }
+        Ok(())
     }
 }
 
 /// The store in a PostgreSQL database.
 pub struct PostgresProvider {
-    store: Store,
+    store: Arc<Store>,
 }
 
 /// What every call needs.
@@ -90,11 +124,16 @@ struct Store {
     /// In tests, instead of the server's.
     clock: Option<Clock>,
     /// The numbers of subscriptions.
-    names: Mutex<HashMap<Arc<str>, i32>>,
+    names: Mutex<Numbers>,
+    wake: channel::Sender<u64>,
+    is_closed: AtomicBool,
 }
 
 /// How much longer than the server this side waits, so that the server's word comes first.
 const SLACK: Duration = Duration::from_secs(5);
+
+/// How long a close waits for calls in progress.
+const GRACE: Duration = Duration::from_secs(10);
 
 impl PostgresProvider {
     /// Connects, and brings the schema up to date.
@@ -113,10 +152,167 @@ impl PostgresProvider {
     }
 
     async fn start(options: Options, clock: Option<Clock>) -> Result<Self> {
+        options.validate()?;
         let open::Opened { pool, schema, place, server } = open::open(&options).await?;
         let limit = options.statement_timeout.saturating_add(SLACK);
-        let store = Store { pool, schema, place, server, limit, clock, names: Mutex::default(), options };
+        let every = options.poll_interval.max(Duration::from_millis(1));
+        let (names, wake, is_closed) = (Mutex::default(), channel::Sender::new(0), AtomicBool::new(false));
+        let store = Store { pool, schema, place, server, limit, clock, names, wake, is_closed, options };
+        let store = Arc::new(store);
+        tokio::spawn(watch::run(Arc::downgrade(&store), every));
         Ok(Self { store })
+    }
+
+    /// What [`wake`](Provider::wake) hears. Whoever learns otherwise that another process has written may tick it.
+    #[must_use]
+    pub fn ticker(&self) -> channel::Sender<u64> {
+        self.store.wake.clone()
+    }
+
+    /// Runs a call unless the store is closed, and puts what went wrong into words.
+    async fn call<T>(&self, action: impl FnOnce() -> String, work: impl Future<Output = Step<T>> + Send) -> Result<T> {
+        self.store.check_open()?;
+        work.await.map_err(|trouble| trouble.told(action()))
+    }
+
+    /// As [`call`](Self::call), for work after which there may be something to claim or to read.
+    async fn change<T>(
+        &self,
+        action: impl FnOnce() -> String,
+        work: impl Future<Output = Step<T>> + Send,
+    ) -> Result<T> {
+        let answer = self.call(action, work).await?;
+        self.store.tick();
+        Ok(answer)
+    }
+}
+
+impl Store {
+    fn check_open(&self) -> Result<()> {
+        if self.is_closed.load(Ordering::Acquire) { Err(Error::Stopped("provider")) } else { Ok(()) }
+    }
+
+    /// The time, where it is not the server's.
+    fn now(&self) -> Option<i64> {
+        self.clock.as_ref().map(|clock| clock())
+    }
+}
+
+#[async_trait]
+impl Provider for PostgresProvider {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            provider: "postgres",
+            durability: Durability::Storage,
+            grouping: true,
+            shared: true,
+            transactions: true,
+            key_ordering: true,
+            push: false,
+            inbox: Inbox::Polled,
+        }
+    }
+
+    async fn append(&self, batch: Vec<Append>) -> Result<Vec<Appended>> {
+        let batch: Vec<&Append> = batch.iter().collect();
+        self.change(|| format!("append {} events", batch.len()), self.store.append(&batch)).await
+    }
+
+    async fn route(&self, request: &RouteRequest<'_>) -> Result<Routed> {
+        let routed = self.call(|| "take events from the inbox".to_owned(), self.store.route(request)).await?;
+        if routed.taken > 0 {
+            self.store.tick();
+        }
+        Ok(routed)
+    }
+
+    async fn claim(&self, request: &ClaimRequest) -> Result<Claimed> {
+        let action = || format!("claim for {} subscriptions", request.wants.len());
+        self.call(action, self.store.claim(request)).await
+    }
+
+    async fn renew(&self, keys: &[LeaseKey], lease: Duration) -> Result<Vec<bool>> {
+        self.call(|| format!("renew {} leases", keys.len()), self.store.renew(keys, lease)).await
+    }
+
+    async fn settle(&self, batch: Vec<Settlement>) -> Result<Vec<Settled>> {
+        self.change(|| format!("settle {} attempts", batch.len()), self.store.settle(&batch)).await
+    }
+
+    async fn read(&self, after: Seq, max: usize) -> Result<LogPage> {
+        self.call(|| "read the log".to_owned(), self.store.log(after, max)).await
+    }
+
+    async fn get(&self, id: &str) -> Result<Option<EventDetail>> {
+        self.call(|| "read an event".to_owned(), self.store.get(id)).await
+    }
+
+    async fn list(&self, filter: &EventFilter) -> Result<EventPage> {
+        self.call(|| "list events".to_owned(), self.store.list(filter)).await
+    }
+
+    async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<DeadLetterPage> {
+        self.call(|| "list dead letters".to_owned(), self.store.dead_letters(filter)).await
+    }
+
+    async fn amend(&self, amendment: Amendment) -> Result<u64> {
+        self.change(|| "amend deliveries".to_owned(), self.store.amend(&amendment)).await
+    }
+
+    async fn prune(&self, retention: &Retention) -> Result<u64> {
+        self.call(|| "prune events".to_owned(), self.store.prune(retention)).await
+    }
+
+    async fn stats(&self) -> Result<ProviderStats> {
+        self.call(|| "count".to_owned(), self.store.stats()).await
+    }
+
+    fn wake(&self) -> channel::Receiver<u64> {
+        self.store.wake.subscribe()
+    }
+
+    async fn close(&self) -> Result<()> {
+        if self.store.is_closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        if tokio::time::timeout(GRACE, self.store.pool.close()).await.is_err() {
+            tracing::warn!("connections were still busy when the store was closed");
+        }
+        self.store.tick();
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Documents for PostgresProvider {
+    async fn document(&self, collection: &str, key: &str) -> Result<Option<Document>> {
+        self.call(|| "read a document".to_owned(), self.store.document(collection, key)).await
+    }
+
+    async fn put_document(
+        &self,
+        collection: &str,
+        key: &str,
+        value: Bytes,
+        expect: Expect,
+        ttl: Option<Duration>,
+    ) -> Result<u64> {
+        let action = || format!("store document {collection}/{key}");
+        self.call(action, self.store.put(collection, key, &value, expect, ttl)).await
+    }
+
+    async fn delete_document(&self, collection: &str, key: &str, expect: Expect) -> Result<bool> {
+        let action = || format!("remove document {collection}/{key}");
+        self.call(action, self.store.delete(collection, key, expect)).await
+    }
+
+    async fn list_documents(
+        &self,
+        collection: &str,
+        after: Option<&str>,
+        max: usize,
+    ) -> Result<Vec<(String, Document)>> {
+        self.call(|| "list documents".to_owned(), self.store.documents(collection, after, max)).await
     }
 }
 

@@ -80,7 +80,7 @@ fn pool(options: &Options, connect: PgConnectOptions) -> PgPool {
     );
     let settings = options.prepared.then_some(settings);
     PgPoolOptions::new()
-        .max_connections(options.max_connections.max(2))
+        .max_connections(options.max_connections)
         .acquire_timeout(options.acquire_timeout)
         .test_before_acquire(false)
         .before_acquire(|connection, meta| {
@@ -127,14 +127,14 @@ fn connect_options(options: &Options) -> Result<(PgConnectOptions, String)> {
 /// The name as an identifier in SQL.
 ///
 /// # Errors
-/// [`Error::Invalid`] naming `postgres.schema`.
+/// [`Error::Invalid`] naming `schema`.
 pub(super) fn quoted(schema: &str) -> Result<String> {
     let mut characters = schema.chars();
     let begins = characters.next().is_some_and(|first| first.is_ascii_alphabetic() || first == '_');
     let is_name = begins && characters.all(|one| one.is_ascii_alphanumeric() || one == '_');
     if !is_name || schema.len() > MAX_NAME || schema.starts_with("pg_") {
         let reason = "must be a name of up to 63 letters, digits and _, not beginning with a digit or pg_";
-        return Err(Error::invalid("postgres.schema", schema, reason));
+        return Err(Error::invalid("schema", schema, reason));
     }
     Ok(format!("\"{schema}\""))
 }

@@ -13,7 +13,7 @@ use super::row::signed;
 use super::statement::json_list;
 use super::writer::{Step, Tx};
 use crate::provider::inbox::InboxRow;
-use crate::provider::{Append, Appended, RouteRequest, Routed, RoutedEvent};
+use crate::provider::{Append, Appended, RouteRequest};
 
 /// How many rows are read at once.
 const PAGE: usize = 64;
@@ -83,22 +83,6 @@ fn inbox_row(row: &SqliteRow, max_payload: u64) -> sqlx::Result<InboxRow> {
     };
     read.unreadable = unreadable;
     Ok(read)
-}
-
-/// What is told of rows that became these events, and of which the writer said this.
-pub(super) fn routed(rows: &[(i64, Append)], moved: &[Option<Appended>]) -> Routed {
-    let mut events: Vec<_> = rows
-        .iter()
-        .zip(moved)
-        .filter_map(|((_, append), moved)| Some((moved.filter(|appended| !appended.duplicate)?.seq, append)))
-        .collect();
-    events.sort_unstable_by_key(|(seq, _)| *seq);
-    let told = events.into_iter().map(|(_, append)| RoutedEvent {
-        source: append.event.source,
-        event_type: append.event.event_type.clone(),
-        subscriptions: append.subscriptions.clone(),
-    });
-    Routed { taken: rows.len(), events: told.collect() }
 }
 
 impl Tx<'_> {

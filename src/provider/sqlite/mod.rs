@@ -41,6 +41,7 @@ use super::{
 use crate::delivery::EventDetail;
 use crate::error::{Error, Result};
 use crate::event::Seq;
+use crate::provider::inbox::routed;
 
 /// Where the file is, and how it is used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,7 +187,7 @@ impl Provider for SqliteProvider {
         let appends = rows.into_iter().map(|row| Ok((row.position, row.into_append(request)?)));
         let appends = Arc::new(appends.collect::<Result<Vec<_>>>()?);
         match self.write(Request::Route(Arc::clone(&appends))).await? {
-            Answer::Route(moved) => Ok(inbox::routed(&appends, &moved)),
+            Answer::Route(moved) => Ok(routed(appends.iter().map(|(_, append)| append).zip(moved))),
             _ => Err(mismatch()),
         }
     }
@@ -254,6 +255,7 @@ impl Provider for SqliteProvider {
         self.check_open()?;
         let mut stats = read::stats(&self.readers).await.map_err(self.failed("count"))?;
         stats.provider_specific.insert("path".to_owned(), self.path.display().to_string().into());
+        stats.provider_specific.insert("schema_version".to_owned(), open::served().into());
         Ok(stats)
     }
 

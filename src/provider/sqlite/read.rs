@@ -293,6 +293,6 @@ pub(super) async fn stats(pool: &SqlitePool) -> sqlx::Result<ProviderStats> {
         dead_letters: figure(8)?,
         head_seq: figure(0)?,
         floor_seq: figure(1)? + 1,
-        provider_specific: [("inbox_rows".to_owned(), figure(9)?.into())].into_iter().collect(),
+        provider_specific: [("inbox_waiting".to_owned(), figure(9)?.into())].into_iter().collect(),
     })
 }

@@ -140,7 +140,7 @@ async fn values_of_the_wrong_kind_in_the_inbox_stop_nobody() {
         ('a.b', 0, NULL, x'fe', NULL), ('a.b', 0, NULL, 5, 7), ('a.b', 0, 9223372036854775807, NULL, x'5b5d')";
     sqlx::raw_sql(hostile).execute(&mut raw(&file).await).await.unwrap();
     let matcher = |_: &crate::event::EventType| -> Arc<[Arc<str>]> { [].into() };
-    let request = RouteRequest { matcher: &matcher, max: 99, instance_id: "i".into(), max_payload: 100 };
+    let request = RouteRequest { matcher: &matcher, max: 99, max_payload: 100 };
     assert_eq!(provider.route(&request).await.unwrap().taken, 6);
     let events = provider.read(0, 99).await.unwrap().events;
     let types: Vec<&str> = events.iter().map(|event| event.event_type.as_str()).collect();

@@ -117,8 +117,16 @@ impl Postgres {
         let mut initdb = server.command("initdb");
         initdb.args(["-D", &data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]);
         checked(initdb.output().expect("initdb"), "initdb");
+        server.guard("guarded");
         server.run();
         server
+    }
+
+    /// Asks this user for a password, unlike all others.
+    fn guard(&self, user: &str) {
+        let file = self.folder.join("data/pg_hba.conf");
+        let rules = std::fs::read_to_string(&file).expect("pg_hba.conf");
+        std::fs::write(&file, format!("host all {user} 127.0.0.1/32 scram-sha-256\n{rules}")).expect("pg_hba.conf");
     }
 
     fn command(&self, program: &str) -> Command {
@@ -193,7 +201,7 @@ impl Postgres {
     }
 
     /// What the server said.
-    fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.folder.join("log")).unwrap_or_default()
     }
 
