@@ -12,6 +12,7 @@ use super::exit::{Exit, Usage};
 use super::table::Table as Columns;
 use super::{print, print_line};
 use crate::capture::Capture;
+use crate::capture::outbox::SCHEMA;
 use crate::capture::triggers::{Operation, Status, Table, Watch};
 use crate::config::{Config, Sources};
 
@@ -62,9 +63,9 @@ pub(super) struct Database {
     /// The database: postgres://… or sqlite://PATH [default: the provider of the configuration]
     #[arg(long, value_name = "URL", env = "TIDEGATE_DATABASE", hide_env_values = true)]
     database: Option<String>,
-    /// The schema of PostgreSQL that holds tidegate's inbox
-    #[arg(long, value_name = "NAME", default_value = crate::capture::outbox::SCHEMA)]
-    schema: String,
+    /// The schema of PostgreSQL that holds tidegate's inbox [default: tidegate, or the configuration's postgres.schema]
+    #[arg(long, value_name = "NAME")]
+    schema: Option<String>,
     /// The configuration file that names the provider, where no database is given
     #[arg(short, long, env = "TIDEGATE_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -76,18 +77,18 @@ pub(super) struct Database {
 impl Database {
     /// The database, and the largest payload that the configuration allows where it was asked.
     async fn open(&self) -> Result<(Capture, Option<u64>)> {
-        let (url, limit) = match &self.database {
-            Some(url) => (url.clone(), None),
+        let (url, schema, limit) = match &self.database {
+            Some(url) => (url.clone(), SCHEMA.to_owned(), None),
             None => {
                 let config = Config::load(&Sources::new(self.config.clone(), Vec::new()))?;
-                (config.provider, Some(config.limits.max_payload.as_u64()))
+                (config.provider, config.postgres.schema, Some(config.limits.max_payload.as_u64()))
             }
         };
         if url.starts_with("memory:") {
             let words = "the configured provider is memory:, which has no tables: name a database with --database";
             return Err(Usage(words.to_owned()).into());
         }
-        Ok((Capture::connect(&url).await?.schema(&self.schema), limit))
+        Ok((Capture::connect(&url).await?.schema(self.schema.as_ref().unwrap_or(&schema)), limit))
     }
 }
 

@@ -1,9 +1,14 @@
 //! What PostgreSQL's statements tell once their tables are captured, and what becomes of what was installed.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, PgPool, Row as _};
 use tidegate::capture::triggers::{Capture, Operation, Watch};
 use tidegate::provider::postgres::{Options, PostgresProvider};
+
+use tokio::sync::{mpsc, oneshot};
 
 use crate::support::postgres::Postgres;
 
@@ -523,6 +528,51 @@ async fn a_row_that_is_too_wide_is_told_by_its_key() {
     assert_eq!(payloads[1]["after"]["body"], "short");
     assert_eq!((&payloads[2]["changed"], payloads[2]["oversize"].is_u64()), (&json!(["body"]), true));
     assert!(payloads[3]["oversize"].as_u64().unwrap() > 180_000_000);
+}
+
+/// From a statement of the application to a handler, by way of triggers and outbox, in the order of commits.
+#[tokio::test]
+async fn a_row_that_is_written_beside_a_running_broker_is_handled() {
+    let scene = Scene::open().await;
+    scene.run("CREATE TABLE orders (id int PRIMARY KEY, total int)").await;
+    scene.watch_all(&["orders"]).await;
+    let url = Postgres::shared().url(&scene.name);
+    let provider = PostgresProvider::open(Options { url, max_connections: 4, ..Options::default() }).await.unwrap();
+    let options = tidegate::broker::Options { instance_id: "test".into(), ..Default::default() };
+    let opened = tidegate::Broker::open(Arc::new(provider), options, tidegate::Metrics::default()).await;
+    let (broker, service) = opened.unwrap();
+    let (seen, mut handled) = mpsc::unbounded_channel();
+    let handler = tidegate::native(move |call: tidegate::Call| {
+        let sent = seen.send(call.event);
+        async move { sent.map(|()| tidegate::Reply::json(&0).unwrap()).map_err(|_| tidegate::Failure::reject("gone", "")) }
+    });
+    broker.subscribe(tidegate::Subscription::new("s", "public.orders.*".parse().unwrap()), handler).await.unwrap();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let running = tokio::spawn(service.run(async { drop(stopped.await) }));
+    for text in
+        ["INSERT INTO orders VALUES (1, 5)", "BEGIN; UPDATE orders SET total = 6; ROLLBACK", "DELETE FROM orders"]
+    {
+        scene.run(text).await;
+    }
+    let mut tx = scene.pool.begin().await.unwrap();
+    let payload = tidegate::Payload::json(&json!({"id": 1})).unwrap();
+    let event = tidegate::Event::new(tidegate::Source::Internal, "public.orders.refund".parse().unwrap(), payload);
+    tidegate::capture::outbox::publish(&mut tx, &event).await.unwrap();
+    tx.commit().await.unwrap();
+    let mut seqs = Vec::new();
+    let mut types = Vec::new();
+    for _ in 0..3 {
+        let event = tokio::time::timeout(Duration::from_secs(60), handled.recv()).await.unwrap().unwrap();
+        types.push(event.event_type.to_string());
+        seqs.push(event.seq.unwrap());
+    }
+    types.sort();
+    seqs.sort_unstable();
+    assert_eq!(types, ["public.orders.create", "public.orders.delete", "public.orders.refund"]);
+    assert_eq!(seqs, [1, 2, 3]);
+    assert_eq!(broker.stats().await.unwrap().total_published, 3);
+    drop(stop);
+    running.await.unwrap().unwrap();
 }
 
 /// The application's role has no rights on the inbox, and cannot use the function for anything else.

@@ -255,3 +255,56 @@ async fn a_row_that_is_written_beside_a_running_broker_is_handled() {
     drop(stop);
     running.await.unwrap().unwrap();
 }
+
+/// What `tidegate capture` prints and how it exits.
+fn command(arguments: &[&str]) -> (i32, String, String) {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_tidegate"))
+        .arg("capture")
+        .args(arguments)
+        .env_remove("TIDEGATE_CONFIG")
+        .env_remove("TIDEGATE_PROVIDER")
+        .output()
+        .unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[tokio::test]
+async fn the_command_line_installs_shows_and_removes() {
+    let scene = Scene::open().await;
+    scene.run("CREATE TABLE users (id INTEGER PRIMARY KEY, name TEXT, password TEXT)").await;
+    let url = url(scene.folder.path());
+    let here = |arguments: &[&str]| command(&[arguments, &["--database", &url]].concat());
+    assert_eq!(here(&["status"]).1, "no table is captured\n");
+    let install = ["install", "users", "--ops", "update,create", "--exclude", "password", "--json"];
+    let (code, out, _) = here(&install);
+    let installed: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(
+        (code, &installed["operations"], &installed["exclude"]),
+        (0, &json!(["create", "update"]), &json!(["password"]))
+    );
+    let (code, out, _) = here(&["status"]);
+    assert!(code == 0 && out.contains("main.users.{create,update}") && out.contains("all but password"), "{out}");
+    // The configured provider is the database where none is named.
+    let config = scene.folder.path().join("tidegate.toml");
+    std::fs::write(&config, format!("provider = \"{url}\"\n")).unwrap();
+    scene.run("DROP TRIGGER tidegate_create_users").await;
+    let (code, out, _) = command(&["status", "--config", config.to_str().unwrap(), "--json"]);
+    let shown: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((code, shown["captures"][0]["drift"].as_array().unwrap().len()), (1, 1), "{out}");
+    assert_eq!(here(&["remove", "users"]).1, "users is no longer captured\n");
+    let rows = [
+        (here(&["remove", "users"]), 3, "not found"),
+        (here(&["install", "nowhere"]), 3, "table not found: nowhere"),
+        (here(&["install", "users", "--ops", "delte"]), 2, "delte"),
+        (here(&["install", "a.b.c"]), 2, "more than two names"),
+        (command(&["status", "--database", "redis://x"]), 2, "capture needs tables"),
+        (command(&["status", "--database", "sqlite:///nowhere/x.db"]), 1, "open"),
+    ];
+    for ((code, out, err), expected, words) in rows {
+        assert!(code == expected && err.contains(words), "{words}: {code} {out} {err}");
+    }
+    std::fs::write(&config, "provider = \"memory:\"\n").unwrap();
+    let (code, _, err) = command(&["status", "--config", config.to_str().unwrap()]);
+    assert!(code == 2 && err.contains("has no tables"), "{err}");
+}
