@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -30,6 +31,7 @@ pub struct HookOptions {
     /// Whether deleting is told.
     pub delete: bool,
     /// How long an operation waits for those who may veto it. Who has not answered by then has no objection.
+    #[serde(with = "friendly::required")]
     pub patience: Duration,
 }
 
@@ -278,7 +280,7 @@ impl CrudHooks {
 }
 
 fn objections(answer: &Answer) -> Vec<Reason> {
-    answer.detail.deliveries.iter().flat_map(|delivery| objections_of(delivery)).collect()
+    answer.detail.deliveries.iter().flat_map(objections_of).collect()
 }
 
 fn objections_of(delivery: &crate::delivery::Delivery) -> Vec<Reason> {

@@ -626,6 +626,10 @@ async fn status_names_what_is_no_longer_as_it_was_asked_for() {
         ("ALTER TABLE a DISABLE TRIGGER tidegate_update", "tidegate_update on public.a is disabled"),
         ("DROP TRIGGER tidegate_create ON a", "tidegate_create is missing"),
         ("ALTER TABLE a ADD COLUMN more int", "new: more"),
+        (
+            "ALTER TABLE a DROP COLUMN more; ALTER TABLE a ALTER COLUMN id TYPE text; INSERT INTO a VALUES ('\"')",
+            "missing",
+        ),
         ("ALTER TABLE a RENAME COLUMN password TO secret", "password, which is to appear nowhere, is gone"),
         ("CREATE TABLE p2 PARTITION OF p FOR VALUES FROM (10) TO (20)", "tidegate_create is missing on public.p2"),
         ("ALTER TABLE p RENAME TO q", "is called public.q now"),

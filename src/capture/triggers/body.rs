@@ -125,13 +125,10 @@ fn by_name(relation: &Relation, told: &[&str]) -> Telling {
             format!("json_build_array({})::text", several.join(", "))
         }
     };
-    let parts: Vec<_> = relation.key.iter().map(|key| (key.name.clone(), of(&key.name), key.is_number)).collect();
+    let parts: Vec<_> = relation.key.iter().map(|key| (key.name.clone(), of(&key.name))).collect();
+    // Whatever type the column has by then: this stays JSON when another type is given to it.
     let pk = move |side: &str| {
-        object(parts.iter().map(|(name, column, is_number)| {
-            let value =
-                if *is_number { format!("{}::text", column(side)) } else { format!("to_json({})::text", column(side)) };
-            (name.as_str(), value)
-        }))
+        object(parts.iter().map(|(name, column)| (name.as_str(), format!("to_json({})::text", column(side)))))
     };
     let equal = relation.key.iter().map(|key| {
         let column = of(&key.name);

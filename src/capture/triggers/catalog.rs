@@ -25,8 +25,6 @@ pub(super) struct KeyColumn {
     pub(super) equals: String,
     /// Whether its text does not follow from the session's settings.
     pub(super) is_plain: bool,
-    /// Whether its text is JSON as it stands.
-    pub(super) is_number: bool,
 }
 
 const RELATION: &str = "SELECT c.oid::int8, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text, \
@@ -96,12 +94,10 @@ impl Relation {
 
 impl KeyColumn {
     fn new(name: String, type_name: &str, schema: &str, operator: &str) -> Self {
-        let is_number = matches!(type_name, "int2" | "int4" | "int8");
         Self {
             name,
             equals: format!("OPERATOR({}.{operator})", super::quoted(schema)),
-            is_plain: is_number || matches!(type_name, "text" | "varchar" | "uuid" | "numeric"),
-            is_number,
+            is_plain: matches!(type_name, "int2" | "int4" | "int8" | "numeric" | "text" | "varchar" | "uuid"),
         }
     }
 }
