@@ -28,14 +28,14 @@ macro_rules! quiet_now {
     };
 }
 
-/// Leases what `picked` gives: `$2` the worker, `$3` how long, `$4` what makes tokens random.
+/// Leases what `picked` gives and has locked: `$2` the worker, `$3` how long, `$4` what makes tokens random.
 macro_rules! lease {
     () => {
         ", leased AS (UPDATE {s}.deliveries d SET stage = 2, token = $4 # ((d.seq << 20) | d.subscription), \
           claimed_at = now.at, lease_end = now.at + $3, worker = $2, fresh = d.started_at IS NULL, \
           started_at = coalesce(d.started_at, now.at) \
           FROM picked p CROSS JOIN now JOIN {s}.events e ON e.seq = p.seq \
-          WHERE d.seq = p.seq AND d.subscription = p.subscription AND d.stage = 0 \
+          WHERE d.seq = p.seq AND d.subscription = p.subscription \
           RETURNING {event}, d.subscription, d.token, d.tries, d.infra, d.number, d.replay, d.fresh, d.alone), \
          begun AS (UPDATE {s}.progress p SET begun = p.begun + b.count FROM (SELECT seq, count(*) AS count \
           FROM leased WHERE fresh AND NOT alone GROUP BY seq ORDER BY seq) b WHERE p.seq = b.seq) "
@@ -112,7 +112,7 @@ const RENEW: &str = concat!(
     quiet_now!(),
     " UPDATE {s}.deliveries d SET lease_end = now.at + $2 FROM now CROSS JOIN \
       unnest($3::bigint[], $4::int[], $5::bigint[]) AS i(seq, subscription, token) \
-      WHERE d.seq = i.seq AND d.subscription = i.subscription AND d.stage = 2 AND d.token = i.token \
+      WHERE d.seq = i.seq AND d.subscription = i.subscription AND d.token = i.token \
       RETURNING d.seq, d.subscription, d.token"
 );
 
