@@ -131,9 +131,22 @@ impl Store {
         loop {
             let mut session = self.session().await?;
             let result = session.settle(batch, turns.careful).await;
-            if let Some(result) = turns.judge(session.finish(result).await) {
+            let result = session.finish(result).await;
+            self.forget_reopened(batch);
+            if let Some(result) = turns.judge(result) {
                 return result;
             }
+        }
+    }
+
+    /// What waits for another attempt may be behind where claims begin.
+    fn forget_reopened(&self, batch: &[Settlement]) {
+        let is_open = |settlement: &&Settlement| matches!(settlement.next, Next::Release | Next::Retry { .. });
+        let reopened: HashSet<&str> =
+            batch.iter().filter(is_open).map(|settlement| &*settlement.key.subscription).collect();
+        if !reopened.is_empty() {
+            let numbers: Vec<i32> = reopened.into_iter().filter_map(|name| self.number(name)).collect();
+            self.fronts().forget(numbers);
         }
     }
 }
