@@ -19,6 +19,7 @@ mod host;
 mod hooks;
 mod house;
 mod outbox;
+mod postgres;
 mod reload;
 mod restart;
 mod support;

@@ -3,11 +3,13 @@
 //! An inbox that anybody may write to in his own transaction, a log in which every event stands once, and narrow
 //! deliveries that are leased with SKIP LOCKED. `seq` is given out under the lock of one row, so it follows the order
 //! of commits. Almost every call is one statement over all it is about. Nothing is kept here that the database does not
-//! have, but the numbers of subscriptions, which never change. Listening for notifications is not done here.
+//! have, but the numbers of subscriptions, which never
+//! change, and a guess of where ready deliveries begin. Listening for notifications is not done here.
 
 mod append;
 mod claim;
 mod documents;
+mod front;
 mod names;
 mod open;
 mod operate;
@@ -20,7 +22,7 @@ mod trouble;
 mod watch;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -31,6 +33,7 @@ use sqlx::postgres::PgPool;
 use tokio::sync::watch as channel;
 
 use self::append::Numbers;
+use self::front::Fronts;
 use self::trouble::{Step, Turns};
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
@@ -125,6 +128,7 @@ struct Store {
     clock: Option<Clock>,
     /// The numbers of subscriptions.
     names: Mutex<Numbers>,
+    fronts: Mutex<Fronts>,
     wake: channel::Sender<u64>,
     is_closed: AtomicBool,
 }
@@ -156,8 +160,9 @@ impl PostgresProvider {
         let open::Opened { pool, schema, place, server } = open::open(&options).await?;
         let limit = options.statement_timeout.saturating_add(SLACK);
         let every = options.poll_interval.max(Duration::from_millis(1));
-        let (names, wake, is_closed) = (Mutex::default(), channel::Sender::new(0), AtomicBool::new(false));
-        let store = Store { pool, schema, place, server, limit, clock, names, wake, is_closed, options };
+        let (names, fronts) = (Mutex::default(), Mutex::default());
+        let (wake, is_closed) = (channel::Sender::new(0), AtomicBool::new(false));
+        let store = Store { pool, schema, place, server, limit, clock, names, fronts, wake, is_closed, options };
         let store = Arc::new(store);
         tokio::spawn(watch::run(Arc::downgrade(&store), every));
         Ok(Self { store })
@@ -190,6 +195,11 @@ impl PostgresProvider {
 impl Store {
     fn check_open(&self) -> Result<()> {
         if self.is_closed.load(Ordering::Acquire) { Err(Error::Stopped("provider")) } else { Ok(()) }
+    }
+
+    /// What is remembered of where ready deliveries begin.
+    fn fronts(&self) -> MutexGuard<'_, Fronts> {
+        self.fronts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The time, where it is not the server's.

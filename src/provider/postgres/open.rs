@@ -61,7 +61,10 @@ pub(super) async fn open(options: &Options) -> Result<Opened> {
     };
     let mut connection = connecting.await.map_err(|_| late())?.map_err(refused)?;
     let preparing = async {
-        let server = look(&mut connection, &place).await?;
+        // In a transaction, so that a pooler leaves us on one connection.
+        let mut tx = connection.begin().await.map_err(refused)?;
+        let server = look(&mut tx, &place).await?;
+        tx.commit().await.map_err(refused)?;
         migrate(&mut connection, options, &schema, &place).await?;
         Ok::<_, Error>(server)
     };
@@ -207,12 +210,12 @@ async fn stand(connection: &mut PgConnection, schema: &str, quoted: &str) -> sql
 async fn migrate(connection: &mut PgConnection, options: &Options, quoted: &str, place: &str) -> Result<()> {
     let (schema, failed) = (options.schema.as_str(), |error| refusal(place, &options.schema, error));
     // The common case takes no lock and needs no permission to change anything.
-    if let Stand::Version(version) = stand(connection, schema, quoted).await.map_err(failed)?
+    let mut tx = connection.begin().await.map_err(failed)?;
+    if let Stand::Version(version) = stand(&mut tx, schema, quoted).await.map_err(failed)?
         && check(version, schema, place)?
     {
-        return Ok(());
+        return tx.commit().await.map_err(failed);
     }
-    let mut tx = connection.begin().await.map_err(failed)?;
     let lock = "SELECT pg_advisory_xact_lock(hashtextextended('tidegate migrate ' || $1, 0))";
     sqlx::query(lock).bind(schema).persistent(false).execute(&mut *tx).await.map_err(failed)?;
     let done = match stand(&mut tx, schema, quoted).await.map_err(failed)? {

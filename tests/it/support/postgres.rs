@@ -179,7 +179,8 @@ impl Postgres {
         shell.args(["-c", GUARD, "guard", &folder]).arg(self.binaries.join("postgres"));
         shell.arg("-D").arg(self.folder.join("data"));
         shell.args(settings.iter().flat_map(|setting| ["-c", setting.as_str()]));
-        let mut shell = shell.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a shell");
+        let mut shell =
+            shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("a shell");
         let mut line = String::new();
         let out = shell.stdout.as_mut().expect("the shell's output");
         BufReader::new(out).read_line(&mut line).expect("the server's process id");
