@@ -25,21 +25,21 @@ use tokio::task::JoinHandle;
 
 /// A user as clients send one.
 #[derive(Serialize, Deserialize)]
-pub struct NewUser {
+pub(crate) struct NewUser {
     name: String,
     email: String,
 }
 
 /// A user as it is stored.
 #[derive(Serialize, sqlx::FromRow)]
-pub struct User {
+pub(crate) struct User {
     id: i64,
     name: String,
     email: String,
 }
 
 /// The application and the broker in it.
-pub struct App {
+pub(crate) struct App {
     users: Users,
     provider: Arc<SqliteProvider>,
     /// Dropped to stop the broker.
@@ -56,7 +56,7 @@ struct Users {
 
 impl App {
     /// Opens the file, and loads the plugins of the folder.
-    pub async fn open(file: &Path, plugins: Option<&Path>) -> anyhow::Result<Self> {
+    pub(crate) async fn open(file: &Path, plugins: Option<&Path>) -> anyhow::Result<Self> {
         let url = format!("sqlite://{}", file.display());
         let provider = Arc::new(SqliteProvider::open(sqlite::Options { url, ..sqlite::Options::default() }).await?);
         let options = Options { instance_id: "signup".to_owned(), ..Options::default() };
@@ -75,13 +75,13 @@ impl App {
     }
 
     /// The routes.
-    pub fn router(&self) -> Router {
+    pub(crate) fn router(&self) -> Router {
         let one = get(read).put(update).delete(delete);
         Router::new().route("/users", post(create)).route("/users/{id}", one).with_state(self.users.clone())
     }
 
     /// Lets what is in progress finish.
-    pub async fn close(self) -> anyhow::Result<()> {
+    pub(crate) async fn close(self) -> anyhow::Result<()> {
         drop(self.stop);
         self.running.await??;
         self.users.pool.close().await;
