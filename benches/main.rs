@@ -9,10 +9,14 @@
     reason = "a benchmark that panics has no result"
 )]
 
+mod capture;
 mod delivery;
 mod isolation;
 mod memory;
 mod plugins;
+#[path = "../tests/it/support/postgres.rs"]
+#[expect(dead_code, clippy::expect_used, reason = "tests use more of it, and one that panics has failed")]
+mod postgres;
 mod serve;
 mod soak;
 mod sqlite;
@@ -21,8 +25,9 @@ mod support;
 fn main() {
     // Cargo passes `--bench`; whatever else is given names the groups to run.
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let groups: [(&str, fn()); 6] = [
+    let groups: [(&str, fn()); 7] = [
         ("memory", memory::run),
+        ("capture", capture::run),
         ("sqlite", sqlite::run),
         ("plugins", plugins::run),
         ("plugins-delivery", delivery::run),

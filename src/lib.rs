@@ -2,7 +2,8 @@
 //!
 //! The modules in reading order: [`event`] and [`pattern`] say what is published and who is meant, [`subscription`] and
 //! [`retry`] under which policy, [`handler`] what is called and [`delivery`] what becomes of it. [`provider`] is the
-//! port to a store, [`broker`] what does the work, [`host`] what runs plugins, and [`cli`] the command line.
+//! port to a store, [`broker`] what does the work, [`capture`] turns an application's own writes into events, [`host`] runs
+//! plugins, and [`cli`] is the command line.
 
 pub mod error;
 pub mod event;
@@ -15,6 +16,7 @@ pub mod handler;
 pub mod metrics;
 pub mod provider;
 pub mod broker;
+pub mod capture;
 pub mod host;
 pub mod http;
 pub mod config;

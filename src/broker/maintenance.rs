@@ -1,5 +1,4 @@
-//! What must happen now and then: leases renewed, the inbox routed, subscriptions of other instances learnt, the past
-//! pruned.
+//! What must happen now and then: leases renewed, subscriptions of other instances learnt, the past pruned.
 //!
 //! Every failure is logged and tried again at the next turn: nothing here can stop the broker.
 
@@ -18,9 +17,6 @@ use crate::subscription::{Start, Subscription};
 
 /// How often the past is pruned.
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
-
-/// How many inbox events are moved at once.
-const ROUTE: usize = 500;
 
 /// Renews leases until `stop` turns true, every third of a lease, so that one turn may fail.
 pub(super) async fn renew(shared: Arc<Shared>, mut stop: watch::Receiver<bool>) {
@@ -87,11 +83,6 @@ impl Shared {
                 let queued = self.lanes.unbind(name);
                 self.leases.forget(queued.iter().map(|lease| lease.key.token));
             }
-        }
-        while self.provider.route(&|event_type| self.router.matching(event_type).unwrap_or_default(), ROUTE).await?
-            == ROUTE
-        {
-            self.hints.about_all();
         }
         Ok(())
     }

@@ -12,6 +12,7 @@
 mod attempt;
 mod chain;
 mod dispatch;
+mod inbox;
 mod lanes;
 mod maintenance;
 mod pace;
@@ -263,6 +264,7 @@ struct Totals {
 /// What is measured of the store.
 struct Operations {
     append: OperationMetrics,
+    route: OperationMetrics,
     claim: OperationMetrics,
     settle: OperationMetrics,
 }
@@ -271,6 +273,7 @@ impl Operations {
     fn new(metrics: &Metrics) -> Self {
         Self {
             append: metrics.of_operation("append"),
+            route: metrics.of_operation("route"),
             claim: metrics.of_operation("claim"),
             settle: metrics.of_operation("settle"),
         }

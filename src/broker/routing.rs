@@ -118,14 +118,24 @@ impl Routes {
         Arc::new(Self { known, set: OnceLock::new() })
     }
 
-    fn matching(&self, event_type: &EventType) -> Result<Arc<[Arc<str>]>> {
+    fn set(&self) -> Result<&PatternSet<Arc<str>>> {
         if let Some(set) = self.set.get() {
-            return Ok(set.matching(event_type));
+            return Ok(set);
         }
         let entries =
             self.known.values().map(|known| (&known.subscription.pattern, Arc::clone(&known.subscription.name)));
         let set = PatternSet::new(entries)?;
-        Ok(self.set.get_or_init(|| set).matching(event_type))
+        Ok(self.set.get_or_init(|| set))
+    }
+}
+
+/// Routes whose set is compiled.
+pub(super) struct Compiled(Arc<Routes>);
+
+impl Compiled {
+    /// The names of the subscriptions that match.
+    pub(super) fn matching(&self, event_type: &EventType) -> Arc<[Arc<str>]> {
+        self.0.set.get().map(|set| set.matching(event_type)).unwrap_or_default()
     }
 }
 
@@ -157,7 +167,14 @@ impl Router {
 
     /// The names of the subscriptions that match.
     pub(super) fn matching(&self, event_type: &EventType) -> Result<Arc<[Arc<str>]>> {
-        self.routes.load().matching(event_type)
+        Ok(self.routes.load().set()?.matching(event_type))
+    }
+
+    /// The routes as they stand, by which every type can be matched. To be used while they are held.
+    pub(super) fn compiled(&self) -> Result<Compiled> {
+        let routes = self.routes.load_full();
+        routes.set()?;
+        Ok(Compiled(routes))
     }
 
     pub(super) fn all(&self) -> Vec<Arc<Known>> {

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
-use super::{Shared, attempt, dispatch, maintenance, publish, settle};
+use super::{Shared, attempt, dispatch, inbox, maintenance, publish, settle};
 use crate::error::{Error, Result};
 use crate::provider::Durability;
 
@@ -44,6 +44,7 @@ impl Service {
         let settling = tokio::spawn(settle::run(Arc::clone(&shared), ended, quitting));
         let renewing = tokio::spawn(maintenance::renew(Arc::clone(&shared), stopped.clone()));
         let maintaining = tokio::spawn(maintenance::run(Arc::clone(&shared), stopped.clone()));
+        let routing = tokio::spawn(inbox::run(Arc::clone(&shared), stopped.clone()));
         let mut workers = JoinSet::new();
         for _ in 0..shared.options.worker_count.get() {
             workers.spawn(attempt::work(Arc::clone(&shared)));
@@ -64,7 +65,7 @@ impl Service {
         drain(&shared, &mut workers).await;
         workers.shutdown().await;
         quit.send_replace(true);
-        for task in [appending, settling, renewing, maintaining] {
+        for task in [appending, settling, renewing, maintaining, routing] {
             join(task).await?;
         }
         shared.release_keys(shared.leases.take_all()).await

@@ -3,6 +3,7 @@
 //! Answers go to standard output, as tables for people or as the server's JSON with `--json`; words about trouble go to
 //! standard error. Exit codes: 0 done, 1 failed, 2 usage or bad configuration, 3 not found, 4 host unreachable.
 
+mod capture;
 mod client;
 mod config;
 mod dead;
@@ -57,6 +58,9 @@ enum Command {
     /// Build, check and inspect plugins; list those that a server runs
     #[command(subcommand)]
     Plugin(plugins::Command),
+    /// Turn writes to tables of a database into events
+    #[command(subcommand)]
+    Capture(capture::Command),
     /// Make the store's schema or bring it up to date, and end
     Migrate(migrate::Args),
     /// Print the configuration that is in force, secrets masked
@@ -85,6 +89,7 @@ impl Command {
             Self::Dead(command) => command.client().json,
             Self::Replay(args) => args.client.json,
             Self::Plugin(command) => command.is_json(),
+            Self::Capture(command) => command.is_json(),
             Self::Migrate(args) => args.json,
             Self::Config(args) => args.json,
         }
@@ -100,6 +105,7 @@ fn run(command: Command) -> Result<Exit> {
         Command::Dead(command) => wait(dead::run(command)),
         Command::Replay(args) => wait(replay::run(args)),
         Command::Plugin(command) => plugins::run(command),
+        Command::Capture(command) => wait(capture::run(command)),
         Command::Migrate(args) => wait(migrate::run(args)),
         Command::Config(args) => config::run(args),
     }

@@ -219,7 +219,6 @@ impl Config {
         config.broker.max_depth = config.limits.max_depth;
         config.sqlite.url.clone_from(&config.provider);
         config.postgres.url.clone_from(&config.provider);
-        config.postgres.max_payload = config.limits.max_payload.as_u64();
         config.host.plugins.clone_from(&config.plugins);
         config.host.max_payload = config.limits.max_payload.as_u64();
         config.host.user_cache = sources.user_cache();

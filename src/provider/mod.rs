@@ -27,6 +27,7 @@
 #[expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a claim that does not hold ends in a panic")]
 #[macro_use]
 pub mod conformance;
+pub mod inbox;
 pub mod memory;
 pub mod postgres;
 pub mod rules;
@@ -69,11 +70,13 @@ pub trait Provider: Documents {
     /// [`Error::Overloaded`](crate::Error::Overloaded) when a bound of the store is hit.
     async fn append(&self, batch: Vec<Append>) -> Result<Vec<Appended>>;
 
-    /// Moves up to `max` events that others wrote (triggers, an application's transaction) from the inbox into the log:
-    /// gives them their seq in commit order and the deliveries that `matcher` names. Returns how many were moved.
+    /// Moves events that others wrote (triggers, an application's transaction) from the inbox into the log: gives them
+    /// their seq in commit order and the deliveries that the matcher names, in one atomic step.
     ///
-    /// Any instance may call it at any time. A store without an inbox answers 0.
-    async fn route(&self, matcher: &Matcher<'_>, max: usize) -> Result<usize>;
+    /// Durable when it returns. Any instance may call it at any time, also at once: a row is moved by one of them. A row
+    /// that cannot become an event does not hold up those behind it: [`inbox`] says what it becomes. Its id in the log
+    /// already makes a row a duplicate, which is taken and gives no event. A store without an inbox has nothing to move.
+    async fn route(&self, request: &RouteRequest<'_>) -> Result<Routed>;
 
     /// Leases ready deliveries of the wanted subscriptions, oldest first, at most `room` for each.
     ///
@@ -199,6 +202,20 @@ pub struct Capabilities {
     pub key_ordering: bool,
     /// Whether `wake` is told of writes by other processes.
     pub push: bool,
+    /// Whether others may leave events in the store, and how one learns of them.
+    pub inbox: Inbox,
+}
+
+/// How one learns of what others left in a store's inbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Inbox {
+    /// There is none.
+    None,
+    /// `wake` ticks after a write to it.
+    Hinted,
+    /// By looking: a look that finds nothing is cheap.
+    Polled,
 }
 
 /// What an acknowledged write survives.
@@ -235,6 +252,36 @@ pub struct Appended {
 
 /// Names the subscriptions of a type.
 pub type Matcher<'a> = dyn Fn(&EventType) -> Arc<[Arc<str>]> + Send + Sync + 'a;
+
+/// What is moved out of the inbox, and what is filled in on the way.
+pub struct RouteRequest<'a> {
+    /// Names the subscriptions of a type.
+    pub matcher: &'a Matcher<'a>,
+    /// The most rows to take.
+    pub max: usize,
+    /// The largest payload of an event, in bytes.
+    pub max_payload: u64,
+}
+
+/// What was moved out of the inbox.
+#[derive(Debug, Clone, Default)]
+pub struct Routed {
+    /// The rows that were taken. When they are as many as were allowed, there may be more.
+    pub taken: usize,
+    /// What is new in the log.
+    pub events: Vec<RoutedEvent>,
+}
+
+/// What is told of an event that was moved.
+#[derive(Debug, Clone)]
+pub struct RoutedEvent {
+    /// Where it comes from.
+    pub source: Source,
+    /// What happened.
+    pub event_type: EventType,
+    /// The subscriptions that get it.
+    pub subscriptions: Arc<[Arc<str>]>,
+}
 
 /// What a worker can take on now.
 #[derive(Debug, Clone)]

@@ -19,6 +19,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("provider", &["delivery", "event", "pattern", "subscription", "error"]),
     ("host", &["delivery", "event", "handler", "subscription", "retry", "pattern", "metrics", "error"]),
     ("broker", &["delivery", "event", "handler", "subscription", "retry", "pattern", "metrics", "error", "provider"]),
+    ("capture", &["delivery", "event", "provider", "broker", "error"]),
     ("http", &["broker", "host", "delivery", "event", "subscription", "retry", "pattern", "metrics", "error"]),
     ("config", &["broker", "host", "http", "provider", "retry", "metrics", "error"]),
     ("cli", &["*"]),

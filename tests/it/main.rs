@@ -10,12 +10,16 @@
 
 mod bad_input;
 mod broker;
+mod capture_postgres;
+mod capture_sqlite;
 mod confinement;
 mod crash;
 mod edges;
 mod host;
+mod hooks;
 mod house;
 mod instances;
+mod outbox;
 mod postgres;
 mod reload;
 mod replicas;

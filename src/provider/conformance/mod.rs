@@ -9,6 +9,7 @@ mod leasing;
 mod operating;
 mod publishing;
 mod reading;
+mod routing;
 mod scene;
 mod settling;
 mod walk;
@@ -20,6 +21,7 @@ use async_trait::async_trait;
 
 pub use self::scene::Scene;
 use crate::provider::Provider;
+use crate::provider::inbox::InboxRow;
 
 /// A place for one store.
 #[async_trait]
@@ -35,6 +37,14 @@ pub trait Fixture: Send + Sync + 'static {
 
     /// Moves the store's clock.
     async fn advance(&self, by: Duration);
+
+    /// Leaves rows in the store's inbox, as others would. Their positions are the store's business.
+    ///
+    /// # Errors
+    /// Why nobody can.
+    async fn leave(&self, _rows: &[InboxRow]) -> Result<(), &'static str> {
+        Err("the store has no inbox")
+    }
 }
 
 macro_rules! claims {
@@ -132,6 +142,14 @@ claims! {
         a_change_ticks_whoever_waits,
         closing_leaves_no_call_hanging,
         a_closed_store_answers_stopped,
+    ;
+    routing:
+        an_inbox_that_is_empty_or_absent_gives_nothing,
+        what_others_left_is_moved_in_order_with_its_deliveries,
+        what_a_row_says_reaches_the_event,
+        a_row_that_cannot_become_an_event_holds_nobody_up,
+        an_id_of_the_inbox_that_the_log_has_is_a_duplicate,
+        rows_that_many_route_at_once_are_moved_once,
     ;
     documents:
         a_document_changes_only_as_expected,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::Fixture;
 use crate::delivery::{Attempt, Delivery, EventDetail, Fault, KvChange, KvWrite, Next, Trace, Verdict};
 use crate::event::{Event, EventId, Payload, Seq, Source};
+use crate::provider::inbox::InboxRow;
 use crate::provider::{
     Append, Appended, ClaimRequest, Claimed, Lease, LeaseKey, Provider, ProviderStats, Settled, Settlement, Want,
 };
@@ -49,6 +50,11 @@ impl Scene {
     /// Lets time pass for the store.
     pub async fn advance(&self, by: Duration) {
         self.fixture.advance(by).await;
+    }
+
+    /// Leaves rows in the store's inbox; why not, where there is none.
+    pub async fn leave(&self, rows: &[InboxRow]) -> Result<(), &'static str> {
+        self.fixture.leave(rows).await
     }
 
     /// Appends events that all go to these subscriptions.

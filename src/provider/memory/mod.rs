@@ -26,8 +26,8 @@ use self::state::State;
 use self::work::as_micros;
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
-    Document, Documents, Durability, EventFilter, EventPage, Expect, LeaseKey, LogPage, Matcher, Provider,
-    ProviderStats, Retention, Settled, Settlement,
+    Document, Documents, Durability, EventFilter, EventPage, Expect, Inbox, LeaseKey, LogPage, Provider, ProviderStats,
+    Retention, RouteRequest, Routed, Settled, Settlement,
 };
 use crate::delivery::EventDetail;
 use crate::error::{Error, Result};
@@ -122,6 +122,7 @@ impl Provider for MemoryProvider {
             transactions: true,
             key_ordering: true,
             push: true,
+            inbox: Inbox::None,
         }
     }
 
@@ -129,8 +130,8 @@ impl Provider for MemoryProvider {
         self.change(|state, now| state.append(batch, now))?
     }
 
-    async fn route(&self, _matcher: &Matcher<'_>, _max: usize) -> Result<usize> {
-        self.enter(|_, _| 0)
+    async fn route(&self, _request: &RouteRequest<'_>) -> Result<Routed> {
+        self.enter(|_, _| Routed::default())
     }
 
     async fn claim(&self, request: &ClaimRequest) -> Result<Claimed> {

@@ -37,12 +37,12 @@ use self::front::Fronts;
 use self::trouble::{Step, Turns};
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
-    Document, Documents, Durability, EventFilter, EventPage, Expect, LeaseKey, LogPage, Matcher, Provider,
-    ProviderStats, Retention, Settled, Settlement,
+    Document, Documents, Durability, EventFilter, EventPage, Expect, Inbox, LeaseKey, LogPage, Provider, ProviderStats,
+    Retention, RouteRequest, Routed, Settled, Settlement,
 };
 use crate::delivery::EventDetail;
 use crate::error::{Error, Result};
-use crate::event::{MAX_PAYLOAD, Seq};
+use crate::event::Seq;
 
 /// Where the database is, and how it is used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,9 +66,6 @@ pub struct Options {
     pub poll_interval: Duration,
     /// Whether statements are prepared. `false` for PgBouncer in transaction mode.
     pub prepared: bool,
-    /// The largest payload that is taken from the inbox, in bytes. In the configuration `limits.max_payload`.
-    #[serde(skip)]
-    pub max_payload: u64,
 }
 
 impl Default for Options {
@@ -81,7 +78,6 @@ impl Default for Options {
             statement_timeout: Duration::from_secs(30),
             poll_interval: Duration::from_millis(500),
             prepared: true,
-            max_payload: MAX_PAYLOAD,
         }
     }
 }
@@ -223,6 +219,7 @@ impl Provider for PostgresProvider {
             transactions: true,
             key_ordering: true,
             push: false,
+            inbox: Inbox::Polled,
         }
     }
 
@@ -231,12 +228,12 @@ impl Provider for PostgresProvider {
         self.change(|| format!("append {} events", batch.len()), self.store.append(&batch)).await
     }
 
-    async fn route(&self, matcher: &Matcher<'_>, max: usize) -> Result<usize> {
-        let moved = self.call(|| "take events from the inbox".to_owned(), self.store.route(matcher, max)).await?;
-        if moved > 0 {
+    async fn route(&self, request: &RouteRequest<'_>) -> Result<Routed> {
+        let routed = self.call(|| "take events from the inbox".to_owned(), self.store.route(request)).await?;
+        if routed.taken > 0 {
             self.store.tick();
         }
-        Ok(moved)
+        Ok(routed)
     }
 
     async fn claim(&self, request: &ClaimRequest) -> Result<Claimed> {

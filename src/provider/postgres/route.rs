@@ -4,19 +4,16 @@
 //! transaction; only that last step holds the lock that gives out seq. A row that cannot be an event becomes one that
 //! says so: nothing stands in the way of what is behind it, and nothing is lost in silence.
 
-use std::sync::Arc;
-
-use serde_json::json;
 use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
-use super::row::{limit, source_of};
+use super::row::limit;
 use super::session::Session;
 use super::trouble::Step;
 use super::{Store, Turns};
-use crate::error::{Error, Result, quote};
-use crate::event::{Event, EventId, EventType, Metadata, Payload, Source, UserId, micros};
-use crate::provider::{Append, Matcher};
+use crate::error::Error;
+use crate::provider::inbox::{InboxRow, routed};
+use crate::provider::{Append, RouteRequest, Routed};
 
 const IS_EMPTY: &str = "SELECT NOT EXISTS (SELECT 1 FROM {s}.inbox)";
 const LOCK: &str = "SELECT pg_try_advisory_xact_lock(hashtextextended('tidegate route ' || $1, 0))";
@@ -24,24 +21,18 @@ const TAKE: &str = "DELETE FROM {s}.inbox WHERE position IN (SELECT position FRO
     RETURNING position, id, type, source, coalesce(created_at, {now}), key, user_id, session_id, instance_id, schema, \
     entity, operation, trace_parent, caused_by, metadata, content_type, payload, \"binary\"";
 
-/// The type of what stands for a row that cannot be an event.
-const REFUSED: &str = "tidegate.inbox.refused";
-
-/// The instance of an event that says none.
-const DATABASE: &str = "database";
-
 impl Store {
-    /// Moves up to `max` events from the inbox into the log.
-    pub(super) async fn route(&self, matcher: &Matcher<'_>, max: usize) -> Step<usize> {
+    /// Moves events from the inbox into the log.
+    pub(super) async fn route(&self, request: &RouteRequest<'_>) -> Step<Routed> {
         let mut session = self.session().await?;
         let row = session.row(self.statement(IS_EMPTY)).await;
         if session.finish(row).await?.try_get(0)? {
-            return Ok(0);
+            return Ok(Routed::default());
         }
         let mut turns = Turns::default();
         loop {
             let mut session = self.session().await?;
-            let result = session.route(matcher, max, turns.careful).await;
+            let result = session.route(request, turns.careful).await;
             if let Some(result) = turns.judge(session.finish(result).await) {
                 return result;
             }
@@ -50,129 +41,56 @@ impl Store {
 }
 
 impl Session<'_> {
-    async fn route(&mut self, matcher: &Matcher<'_>, max: usize, careful: bool) -> Step<usize> {
+    async fn route(&mut self, request: &RouteRequest<'_>, careful: bool) -> Step<Routed> {
         self.begin().await?;
         let lock = self.store.statement(LOCK).bind(self.store.schema.clone());
         if !self.row(lock).await?.try_get::<bool, _>(0)? {
             // Another process is at it.
             self.commit().await?;
-            return Ok(0);
+            return Ok(Routed::default());
         }
-        let rows = self.rows(self.store.statement(TAKE).bind(self.store.now()).bind(limit(max))).await?;
-        let mut events: Vec<(i64, Event)> = Vec::with_capacity(rows.len());
-        for row in &rows {
-            events.push((row.try_get(0)?, event_or_refusal(row, self.store.options.max_payload)?));
+        let take = self.store.statement(TAKE).bind(self.store.now()).bind(limit(request.max));
+        let mut rows = Vec::new();
+        for row in &self.rows(take).await? {
+            rows.push(inbox_row(row)?);
         }
-        events.sort_unstable_by_key(|&(position, _)| position);
-        let appends: Vec<Append> =
-            events.into_iter().map(|(_, event)| Append { subscriptions: matcher(&event.event_type), event }).collect();
-        let appends: Vec<&Append> = appends.iter().collect();
-        let numbers = self.numbers(appends.iter().flat_map(|append| append.subscriptions.iter())).await?;
-        if careful {
-            self.append_carefully(&appends, &numbers).await?;
+        rows.sort_unstable_by_key(|row| row.position);
+        let appends = rows.into_iter().map(|row| row.into_append(request)).collect::<Result<Vec<Append>, Error>>();
+        let appends = appends.map_err(super::row::broken)?;
+        let batch: Vec<&Append> = appends.iter().collect();
+        let numbers = self.numbers(batch.iter().flat_map(|append| append.subscriptions.iter())).await?;
+        let appended = if careful {
+            self.append_carefully(&batch, &numbers).await?
         } else {
-            self.append(&appends, &super::append::Known::new(), &numbers).await?;
-        }
+            self.append(&batch, &super::append::Known::new(), &numbers).await?
+        };
         self.commit().await?;
-        Ok(rows.len())
+        Ok(routed(batch.into_iter().zip(appended.into_iter().map(Some))))
     }
 }
 
-/// The event that a row says, or one that says why it cannot be.
-fn event_or_refusal(row: &PgRow, max_payload: u64) -> sqlx::Result<Event> {
-    let error = match read(row, max_payload)? {
-        Ok(event) => return Ok(event),
-        Err(error) => error,
-    };
-    let (position, event_type): (i64, &str) = (row.try_get(0)?, row.try_get(2)?);
-    let reason = error.to_string();
-    tracing::warn!(position, event_type = quote(event_type), reason, "a row of the inbox cannot be an event");
-    let payload = json!({"position": position, "type": cut(event_type), "reason": cut(&reason)});
-    let refused = EventType::parse(REFUSED).map_err(super::row::broken)?;
-    let payload = Payload::json(&payload).map_err(super::row::broken)?;
-    let mut event = Event::new(Source::System, refused, payload);
-    event.created_at = micros(row.try_get(4)?);
-    event.instance_id = DATABASE.into();
-    Ok(event)
-}
-
-/// The beginning of a text of any length.
-fn cut(text: &str) -> &str {
-    text.char_indices().nth(500).and_then(|(end, _)| text.get(..end)).unwrap_or(text)
-}
-
-fn read(row: &PgRow, max_payload: u64) -> sqlx::Result<Result<Event>> {
-    let text = |at: usize| row.try_get::<Option<&str>, _>(at);
-    let columns = Columns {
-        id: text(1)?,
+/// A row as it was read.
+fn inbox_row(row: &PgRow) -> sqlx::Result<InboxRow> {
+    Ok(InboxRow {
+        position: row.try_get(0)?,
+        id: row.try_get(1)?,
         event_type: row.try_get(2)?,
-        source: row.try_get(3)?,
-        created_at: row.try_get(4)?,
-        texts: [text(5)?, text(7)?, text(8)?, text(9)?, text(10)?, text(11)?, text(12)?],
-        user_id: text(6)?,
-        caused_by: text(13)?,
-        metadata: text(14)?,
-        content_type: text(15)?,
-        payload: text(16)?,
+        source: i64::from(row.try_get::<i16, _>(3)?),
+        created_at: Some(row.try_get(4)?),
+        key: row.try_get(5)?,
+        user_id: row.try_get(6)?,
+        session_id: row.try_get(7)?,
+        instance_id: row.try_get(8)?,
+        schema: row.try_get(9)?,
+        entity: row.try_get(10)?,
+        operation: row.try_get(11)?,
+        trace_parent: row.try_get(12)?,
+        caused_by: row.try_get(13)?,
+        metadata: row.try_get(14)?,
+        content_type: row.try_get(15)?,
+        payload: row.try_get(16)?,
         binary: row.try_get(17)?,
-    };
-    Ok(columns.event(max_payload))
-}
-
-/// What a row of the inbox says.
-struct Columns<'r> {
-    id: Option<&'r str>,
-    event_type: &'r str,
-    source: i16,
-    created_at: i64,
-    /// Key, session, instance, schema, entity, operation and trace.
-    texts: [Option<&'r str>; 7],
-    user_id: Option<&'r str>,
-    caused_by: Option<&'r str>,
-    metadata: Option<&'r str>,
-    content_type: Option<&'r str>,
-    payload: Option<&'r str>,
-    binary: Option<&'r [u8]>,
-}
-
-impl Columns<'_> {
-    fn event(&self, max_payload: u64) -> Result<Event> {
-        let source = source_of(self.source)
-            .ok_or_else(|| Error::invalid("source", self.source.to_string(), "must be 0 to 4"))?;
-        let mut event = Event::new(source, EventType::parse(self.event_type)?, self.body()?);
-        if let Some(id) = self.id {
-            event.id = EventId::parse(id)?;
-        }
-        event.created_at = micros(self.created_at);
-        let [key, session_id, instance_id, schema, entity, operation, trace_parent] =
-            self.texts.map(|text| text.map(Arc::<str>::from));
-        event.key = key;
-        event.session_id = session_id;
-        event.instance_id = instance_id.filter(|name| !name.is_empty()).unwrap_or_else(|| DATABASE.into());
-        event.schema = schema.or(event.schema);
-        event.entity = entity.or(event.entity);
-        event.operation = operation.or(event.operation);
-        event.trace_parent = trace_parent;
-        event.user_id = self.user_id.map(|json| parsed::<UserId>("user_id", json)).transpose()?;
-        event.metadata =
-            self.metadata.map(|json| parsed::<Metadata>("metadata", json)).transpose()?.unwrap_or_default();
-        event.caused_by = self.caused_by.map(EventId::parse).transpose()?;
-        event.validate(max_payload)?;
-        Ok(event)
-    }
-
-    fn body(&self) -> Result<Payload> {
-        let content_type = self.content_type.unwrap_or(crate::event::JSON);
-        match (self.payload, self.binary) {
-            (Some(_), Some(_)) => Err(Error::invalid("payload", "", "stands beside binary: only one of them may")),
-            (Some(text), None) => Payload::new(content_type, text.to_owned()),
-            (None, Some(bytes)) => Payload::new(content_type, bytes.to_vec()),
-            (None, None) if content_type == crate::event::JSON => Ok(Payload::default()),
-            (None, None) => Payload::new(content_type, Vec::new()),
-        }
-    }
-}
-
-fn parsed<T: serde::de::DeserializeOwned>(field: &'static str, json: &str) -> Result<T> {
-    serde_json::from_str(json).map_err(|error| Error::invalid(field, json, format!("is not what it must be: {error}")))
+        oversize: None,
+        unreadable: None,
+    })
 }

@@ -11,8 +11,10 @@ use super::*;
 use crate::delivery::{Attempt, Next};
 use crate::event::{Event, Payload, Source};
 use crate::provider::conformance::{Fixture, Scene, claims};
+use crate::provider::inbox::InboxRow;
 use crate::provider::{Lease, Replay, Want, rules};
 use crate::subscription::Ordering as Turn;
+use sqlx::Connection as _;
 
 #[path = "../../../tests/it/support/postgres.rs"]
 mod server;
@@ -65,6 +67,25 @@ impl Fixture for Schema {
 
     async fn advance(&self, by: Duration) {
         self.time.fetch_add(row::as_micros(by), Ordering::Relaxed);
+    }
+
+    async fn leave(&self, rows: &[InboxRow]) -> Result<(), &'static str> {
+        let text = format!(
+            "INSERT INTO {}.inbox (id, type, source, created_at, key, user_id, session_id, instance_id, schema, entity, \
+             operation, trace_parent, caused_by, metadata, content_type, payload, \"binary\") \
+             VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,$14,$15,$16,$17)",
+            self.options.schema
+        );
+        let mut connection = sqlx::PgConnection::connect(&self.options.url).await.unwrap();
+        for row in rows {
+            let query = sqlx::query(sqlx::AssertSqlSafe(text.clone())).bind(&row.id).bind(&row.event_type);
+            let query = query.bind(i16::try_from(row.source).unwrap()).bind(row.created_at).bind(&row.key);
+            let query = query.bind(&row.user_id).bind(&row.session_id).bind(&row.instance_id).bind(&row.schema);
+            let query = query.bind(&row.entity).bind(&row.operation).bind(&row.trace_parent).bind(&row.caused_by);
+            let query = query.bind(&row.metadata).bind(&row.content_type).bind(&row.payload).bind(&row.binary);
+            query.execute(&mut connection).await.unwrap();
+        }
+        Ok(())
     }
 }
 

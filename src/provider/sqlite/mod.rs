@@ -7,6 +7,7 @@
 mod append;
 mod claim;
 mod documents;
+mod inbox;
 mod open;
 mod operate;
 mod read;
@@ -34,12 +35,13 @@ use self::recent::Recent;
 use self::writer::{Answer, Job, Request, Writer};
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
-    Document, Documents, Durability, EventFilter, EventPage, Expect, LeaseKey, LogPage, Matcher, Provider,
-    ProviderStats, Retention, Settled, Settlement,
+    Document, Documents, Durability, EventFilter, EventPage, Expect, Inbox, LeaseKey, LogPage, Provider, ProviderStats,
+    Retention, RouteRequest, Routed, Settled, Settlement,
 };
 use crate::delivery::EventDetail;
 use crate::error::{Error, Result};
 use crate::event::Seq;
+use crate::provider::inbox::routed;
 
 /// Where the file is, and how it is used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -165,6 +167,7 @@ impl Provider for SqliteProvider {
             transactions: true,
             key_ordering: true,
             push: true,
+            inbox: Inbox::Hinted,
         }
     }
 
@@ -175,8 +178,18 @@ impl Provider for SqliteProvider {
         }
     }
 
-    async fn route(&self, _matcher: &Matcher<'_>, _max: usize) -> Result<usize> {
-        self.check_open().map(|()| 0)
+    async fn route(&self, request: &RouteRequest<'_>) -> Result<Routed> {
+        self.check_open()?;
+        let rows = inbox::read(&self.readers, request).await.map_err(self.failed("read the inbox"))?;
+        if rows.is_empty() {
+            return Ok(Routed::default());
+        }
+        let appends = rows.into_iter().map(|row| Ok((row.position, row.into_append(request)?)));
+        let appends = Arc::new(appends.collect::<Result<Vec<_>>>()?);
+        match self.write(Request::Route(Arc::clone(&appends))).await? {
+            Answer::Route(moved) => Ok(routed(appends.iter().map(|(_, append)| append).zip(moved))),
+            _ => Err(mismatch()),
+        }
     }
 
     async fn claim(&self, request: &ClaimRequest) -> Result<Claimed> {

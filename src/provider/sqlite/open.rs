@@ -13,7 +13,7 @@ use super::Options;
 use crate::error::{Error, Result};
 
 /// The schemas in the order of their versions, each changing what the one before left.
-const MIGRATIONS: [&str; 2] = [include_str!("schema.sql"), include_str!("depth.sql")];
+const MIGRATIONS: [&str; 3] = [include_str!("schema.sql"), include_str!("depth.sql"), include_str!("inbox.sql")];
 
 /// The version of the schema that this binary serves.
 pub(super) fn served() -> i64 {

@@ -275,8 +275,8 @@ pub(super) async fn stats(pool: &SqlitePool) -> sqlx::Result<ProviderStats> {
     let text = "SELECT h.head, h.pruned, h.total, p.pending, p.processing, p.failed, \
         (SELECT count(*) FROM deliveries WHERE stage = 0 AND key IS NULL) \
         + (SELECT count(*) FROM deliveries WHERE stage = 0 AND key IS NOT NULL) + (SELECT count(*) FROM deliveries WHERE stage = 1), \
-        (SELECT count(*) FROM deliveries WHERE stage = 2), (SELECT count(*) FROM deliveries WHERE stage = 4) \
-        FROM head h, (SELECT count(*) FILTER (WHERE status = 0) AS pending, \
+        (SELECT count(*) FROM deliveries WHERE stage = 2), (SELECT count(*) FROM deliveries WHERE stage = 4), \
+        (SELECT count(*) FROM inbox) FROM head h, (SELECT count(*) FILTER (WHERE status = 0) AS pending, \
         count(*) FILTER (WHERE status = 1) AS processing, count(*) FILTER (WHERE status = 3) AS failed FROM progress) p";
     let row = sqlx::query(text).fetch_one(pool).await?;
     let figure = |at: usize| row.try_get::<i64, _>(at).map(unsigned);
@@ -293,6 +293,6 @@ pub(super) async fn stats(pool: &SqlitePool) -> sqlx::Result<ProviderStats> {
         dead_letters: figure(8)?,
         head_seq: figure(0)?,
         floor_seq: figure(1)? + 1,
-        provider_specific: serde_json::Map::new(),
+        provider_specific: [("inbox_waiting".to_owned(), figure(9)?.into())].into_iter().collect(),
     })
 }

@@ -4,6 +4,7 @@ use std::sync::atomic::AtomicI64;
 
 use super::*;
 use crate::provider::conformance::Fixture;
+use crate::provider::inbox::InboxRow;
 
 struct File {
     folder: tempfile::TempDir,
@@ -40,6 +41,21 @@ impl Fixture for File {
 
     async fn advance(&self, by: Duration) {
         self.time.fetch_add(writer::as_micros(by), Ordering::Relaxed);
+    }
+
+    async fn leave(&self, rows: &[InboxRow]) -> Result<(), &'static str> {
+        let mut connection = raw(self).await;
+        let text = "INSERT INTO inbox (id, type, source, created_at, key, user_id, session_id, instance_id, schema, \
+            entity, operation, trace_parent, caused_by, metadata, content_type, payload, binary) \
+            VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)";
+        for row in rows {
+            let query = sqlx::query(text).bind(&row.id).bind(&row.event_type).bind(row.source).bind(row.created_at);
+            let query = query.bind(&row.key).bind(&row.user_id).bind(&row.session_id).bind(&row.instance_id);
+            let query = query.bind(&row.schema).bind(&row.entity).bind(&row.operation).bind(&row.trace_parent);
+            let query = query.bind(&row.caused_by).bind(&row.metadata).bind(&row.content_type);
+            query.bind(&row.payload).bind(&row.binary).execute(&mut connection).await.unwrap();
+        }
+        Ok(())
     }
 }
 
@@ -112,6 +128,27 @@ async fn two_instances_on_one_file_share_seq_and_never_lease_a_delivery_twice() 
     leased.sort_unstable();
     assert_eq!(seqs, (1..=240).collect::<Vec<Seq>>());
     assert_eq!(leased, seqs);
+}
+
+/// SQLite takes any value into any column, and nothing of it stops the inbox.
+#[tokio::test]
+async fn values_of_the_wrong_kind_in_the_inbox_stop_nobody() {
+    let file = File::new();
+    let provider = file.provider().await;
+    let hostile = "INSERT INTO inbox (type, source, created_at, key, payload) VALUES \
+        (x'ff', 0, NULL, NULL, NULL), ('a.b', 'x', NULL, NULL, NULL), ('a.b', 0, 'soon', NULL, NULL), \
+        ('a.b', 0, NULL, x'fe', NULL), ('a.b', 0, NULL, 5, 7), ('a.b', 0, 9223372036854775807, NULL, x'5b5d')";
+    sqlx::raw_sql(hostile).execute(&mut raw(&file).await).await.unwrap();
+    let matcher = |_: &crate::event::EventType| -> Arc<[Arc<str>]> { [].into() };
+    let request = RouteRequest { matcher: &matcher, max: 99, max_payload: 100 };
+    assert_eq!(provider.route(&request).await.unwrap().taken, 6);
+    let events = provider.read(0, 99).await.unwrap().events;
+    let types: Vec<&str> = events.iter().map(|event| event.event_type.as_str()).collect();
+    let refused = crate::provider::inbox::REFUSED;
+    assert_eq!(types, [refused, refused, "a.b", refused, "a.b", refused]);
+    assert_eq!((events[4].key.as_deref(), &events[4].payload.bytes()[..]), (Some("5"), &b"7"[..]));
+    let left: i64 = sqlx::query_scalar("SELECT count(*) FROM inbox").fetch_one(&mut raw(&file).await).await.unwrap();
+    assert_eq!(left, 0);
 }
 
 /// A batch that cannot be stored leaves those that were committed with it alone.

@@ -36,6 +36,8 @@ const LONG_LOG: u64 = 64 << 20;
 /// Something to be written.
 pub(super) enum Request {
     Append(Vec<Append>),
+    /// Rows of the inbox by their positions, as what they become.
+    Route(Arc<Vec<(i64, Append)>>),
     Claim(ClaimRequest),
     Renew(Vec<LeaseKey>, Duration),
     Settle(Vec<Settlement>),
@@ -48,6 +50,8 @@ pub(super) enum Request {
 /// What came of a [`Request`].
 pub(super) enum Answer {
     Append(Vec<Appended>),
+    /// For each row what became of it; `None` where it was gone already.
+    Route(Vec<Option<Appended>>),
     Claim(Claimed),
     Renew(Vec<bool>),
     Settle(Vec<Settled>),
@@ -60,7 +64,7 @@ pub(super) enum Answer {
 impl Request {
     /// Whether others may want to look after it.
     fn ticks(&self) -> bool {
-        matches!(self, Self::Append(_) | Self::Settle(_) | Self::Amend(_))
+        matches!(self, Self::Append(_) | Self::Route(_) | Self::Settle(_) | Self::Amend(_))
     }
 
     /// Whether losing it in a crash only means another attempt.
@@ -72,6 +76,7 @@ impl Request {
     fn weight(&self) -> usize {
         match self {
             Self::Append(batch) => batch.len(),
+            Self::Route(rows) => rows.len(),
             Self::Settle(batch) => batch.len(),
             _ => 1,
         }
@@ -80,6 +85,7 @@ impl Request {
     fn action(&self) -> String {
         match self {
             Self::Append(batch) => format!("append {} events", batch.len()),
+            Self::Route(rows) => format!("route {} events", rows.len()),
             Self::Claim(request) => format!("claim for {} subscriptions", request.wants.len()),
             Self::Renew(keys, _) => format!("renew {} leases", keys.len()),
             Self::Settle(batch) => format!("settle {} attempts", batch.len()),
@@ -158,6 +164,7 @@ impl Tx<'_> {
             answers.push(match request {
                 Request::Append(batch) => Answer::Append(appended.by_ref().take(batch.len()).collect()),
                 Request::Settle(batch) => Answer::Settle(settled.by_ref().take(batch.len()).collect()),
+                Request::Route(rows) => Answer::Route(self.route(rows, careful).await?),
                 Request::Claim(request) => Answer::Claim(self.claim(request).await?),
                 Request::Renew(keys, lease) => Answer::Renew(self.renew(keys, *lease).await?),
                 Request::Amend(amendment) => Answer::Amend(self.amend(amendment).await?),
