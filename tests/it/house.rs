@@ -19,7 +19,8 @@ const TABLE: &[(&str, &[&str])] = &[
     ("provider", &["delivery", "event", "pattern", "subscription", "error"]),
     ("host", &["delivery", "event", "handler", "subscription", "retry", "pattern", "metrics", "error"]),
     ("broker", &["delivery", "event", "handler", "subscription", "retry", "pattern", "metrics", "error", "provider"]),
-    ("http", &["broker", "host", "delivery", "event", "subscription", "retry", "pattern", "metrics", "error"]),
+    ("feed", &["event", "pattern", "provider", "metrics", "error"]),
+    ("http", &["broker", "feed", "host", "delivery", "event", "subscription", "retry", "pattern", "metrics", "error"]),
     ("config", &["broker", "host", "http", "provider", "retry", "metrics", "error"]),
     ("cli", &["*"]),
     ("lib", &["*"]),
@@ -102,7 +103,7 @@ fn ideas_know_no_runtime_and_no_store() {
         let forbidden: &[&str] = match module.as_str() {
             "error" | "event" | "change" | "pattern" | "delivery" | "retry" | "subscription" | "handler"
             | "metrics" => &["tokio::", "sqlx::", "wasmtime", "std::fs", "std::net"],
-            "broker" => &["sqlx::", "wasmtime", "axum::", "std::fs", "std::env"],
+            "broker" | "feed" => &["sqlx::", "wasmtime", "axum::", "std::fs", "std::env"],
             "host" => &["sqlx::", "axum::"],
             "provider" => &["wasmtime", "axum::"],
             _ => &[],

@@ -13,6 +13,7 @@ mod broker;
 mod confinement;
 mod crash;
 mod edges;
+mod feed;
 mod host;
 mod house;
 mod reload;

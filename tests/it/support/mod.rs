@@ -2,4 +2,5 @@
 
 pub(crate) mod history;
 pub(crate) mod server;
+pub(crate) mod tapped;
 pub(crate) mod wire;
