@@ -18,5 +18,6 @@ mod host;
 mod house;
 mod reload;
 mod restart;
+mod stream;
 mod support;
 mod verdicts;

@@ -2,5 +2,6 @@
 
 pub(crate) mod history;
 pub(crate) mod server;
+pub(crate) mod stream;
 pub(crate) mod tapped;
 pub(crate) mod wire;

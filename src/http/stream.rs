@@ -1,0 +1,169 @@
+//! `/v1/stream`: the feed as server-sent events.
+//!
+//! Framing only: what a client is told, and in which order, the [`Feed`](crate::feed::Feed) decides. The next frames are
+//! asked for when the connection has room for them, so that a slow client holds a few frames and nothing else.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{RawQuery, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
+use axum::response::{IntoResponse as _, Response};
+use bytes::Bytes;
+use futures_util::stream;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::app::App;
+use super::events::user_id;
+use super::problem::Problem;
+use super::query::Query;
+use crate::error::Error;
+use crate::event::{Seq, Source};
+use crate::feed::{Entry, Filter, Frame, Position, Request, Subscriber};
+use crate::pattern::Pattern;
+
+/// How long a stream is silent before it says that it is still there. Proxies cut what is silent for half a minute.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// When a browser should come back after a stream has ended, in milliseconds.
+const RECONNECT: u32 = 1_000;
+
+/// How much is written at once, in bytes. One event may be more.
+const CHUNK: usize = 64 * 1024;
+
+/// What a stream may be asked for. `pattern` may be given several times.
+const PARAMETERS: [&str; 5] = ["pattern", "source", "user_id", "since", "epoch"];
+
+/// Names the log that the seqs of this stream are of.
+const EPOCH: HeaderName = HeaderName::from_static("tidegate-epoch");
+
+/// The seq of the last frame that a client got before it came again.
+const LAST_EVENT_ID: &str = "last-event-id";
+
+/// `GET /v1/stream`.
+pub(super) async fn stream(
+    State(app): State<App>,
+    RawQuery(raw): RawQuery,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let feed = app.services()?.feed.clone();
+    let request = request(&Query::parse_repeatable(raw.as_deref(), &PARAMETERS, &["pattern"])?, &headers)?;
+    let place = app.take_stream()?;
+    let subscriber = feed.subscribe(request).await?;
+    let epoch = HeaderValue::from_str(subscriber.epoch()).ok();
+    let frames = stream::unfold(Outgoing::new(subscriber, place), Outgoing::chunk);
+    let mut response = Body::from_stream(frames).into_response();
+    let fields = response.headers_mut();
+    fields.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    fields.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    // Known to nginx and those who follow it: hand frames on as they come.
+    fields.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    epoch.and_then(|epoch| fields.insert(EPOCH, epoch));
+    Ok(response)
+}
+
+fn request(query: &Query, headers: &HeaderMap) -> Result<Request, Error> {
+    let filter = Filter {
+        patterns: query.all("pattern").map(Pattern::parse).collect::<Result<_, _>>()?,
+        source: query.text("source").map(Source::parse).transpose()?,
+        user_id: query.text("user_id").map(user_id),
+    };
+    // Read even where the header wins: a bad value is refused, never ignored.
+    let since = query.text("since").map(Position::parse).transpose()?;
+    let position = last_event_id(headers)?.or(since).unwrap_or_default();
+    Ok(Request { filter, position, epoch: query.owned("epoch") })
+}
+
+/// Where a client that comes again got to. An empty header is none: so browsers begin.
+fn last_event_id(headers: &HeaderMap) -> Result<Option<Position>, Error> {
+    let Some(value) = headers.get(LAST_EVENT_ID).filter(|value| !value.is_empty()) else { return Ok(None) };
+    let refuse = |text: &str| Error::invalid("Last-Event-ID", text, "must be a seq, as this stream gives it as id");
+    let text = value.to_str().map_err(|_| refuse(&String::from_utf8_lossy(value.as_bytes())))?;
+    match Position::parse(text) {
+        Ok(Position::After(seq)) => Ok(Some(Position::After(seq))),
+        _ => Err(refuse(text)),
+    }
+}
+
+/// What is on its way to one client.
+struct Outgoing {
+    subscriber: Subscriber,
+    frames: std::vec::IntoIter<Frame>,
+    /// The last id that was written; `None` before the first.
+    told: Option<Seq>,
+    /// Free again when the client has gone.
+    _place: OwnedSemaphorePermit,
+}
+
+impl Outgoing {
+    fn new(subscriber: Subscriber, place: OwnedSemaphorePermit) -> Self {
+        Self { subscriber, frames: Vec::new().into_iter(), told: None, _place: place }
+    }
+
+    /// The next piece of the body, and what comes after it.
+    async fn chunk(mut self) -> Option<(Result<Bytes, Infallible>, Self)> {
+        let mut text = Vec::new();
+        if self.told.is_none() {
+            // At once, so that a client knows that it is heard, and comes back to this place even if it is told nothing.
+            text.extend_from_slice(format!("retry: {RECONNECT}\n").as_bytes());
+            self.write_place(&mut text);
+        } else if self.frames.as_slice().is_empty() {
+            match tokio::time::timeout(KEEP_ALIVE, self.subscriber.next()).await {
+                Ok(frames) => self.frames = frames?.into_iter(),
+                Err(_) => self.write_keep_alive(&mut text),
+            }
+        }
+        while text.len() < CHUNK
+            && let Some(frame) = self.frames.next()
+        {
+            self.write(&frame, &mut text);
+        }
+        Some((Ok(text.into()), self))
+    }
+
+    fn write(&mut self, frame: &Frame, text: &mut Vec<u8>) {
+        match frame {
+            Frame::Event(entry) => {
+                if let Some(seq) = entry.seq() {
+                    self.told = Some(seq);
+                    text.extend_from_slice(format!("id: {seq}\n").as_bytes());
+                }
+                write_data(entry, text);
+            }
+            Frame::Reset { from_seq } => {
+                let id = from_seq.saturating_sub(1);
+                self.told = Some(id);
+                let data = format!(r#"{{"type":"feed_reset","from_seq":{from_seq}}}"#);
+                text.extend_from_slice(format!("id: {id}\nevent: reset\ndata: {data}\n\n").as_bytes());
+            }
+        }
+    }
+
+    /// A comment, and how far the client has come where nothing since was for it.
+    fn write_keep_alive(&mut self, text: &mut Vec<u8>) {
+        text.extend_from_slice(b": keep-alive\n");
+        if self.told == Some(self.subscriber.cursor()) {
+            text.push(b'\n');
+        } else {
+            self.write_place(text);
+        }
+    }
+
+    /// An id without data: browsers keep it and tell nobody.
+    fn write_place(&mut self, text: &mut Vec<u8>) {
+        let seq = self.subscriber.cursor();
+        self.told = Some(seq);
+        text.extend_from_slice(format!("id: {seq}\n\n").as_bytes());
+    }
+}
+
+/// The data of a frame. A payload may hold line breaks, as white space of its JSON: each line is a field of its own.
+fn write_data(entry: &Entry, text: &mut Vec<u8>) {
+    for line in entry.json().split(|&byte| matches!(byte, b'\n' | b'\r')) {
+        text.extend_from_slice(b"data: ");
+        text.extend_from_slice(line);
+        text.push(b'\n');
+    }
+    text.push(b'\n');
+}
