@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::gate::{Gate, Services};
 use super::problem::Problem;
-use super::{Options, auth, dead_letters, events, plugins, replays, status, stream, subscriptions};
+use super::{Options, auth, consumers, dead_letters, events, plugins, replays, status, stream, subscriptions};
 use crate::broker::Broker;
 use crate::metrics::Metrics;
 
@@ -91,6 +91,9 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/plugins/{name}", get(plugins::inspect))
         .route("/v1/plugins/{name}/reload", post(plugins::reload))
         .route("/v1/stream", get(stream::stream))
+        .route("/v1/consumers/{name}", get(consumers::get))
+        .route("/v1/consumers/{name}/ack", post(consumers::acknowledge))
+        .route("/v1/consumers/{name}/seek", post(consumers::seek))
         .route("/v1/stats", get(status::stats))
         .route("/metrics", get(status::metrics))
         .route("/healthz", get(status::live))

@@ -8,6 +8,7 @@ mod app;
 mod auth;
 mod body;
 mod cloudevents;
+mod consumers;
 mod dead_letters;
 mod events;
 mod gate;

@@ -33,7 +33,10 @@ const RECONNECT: u32 = 1_000;
 const CHUNK: usize = 64 * 1024;
 
 /// What a stream may be asked for. `pattern` may be given several times.
-const PARAMETERS: [&str; 5] = ["pattern", "source", "user_id", "since", "epoch"];
+const PARAMETERS: [&str; 6] = ["pattern", "source", "user_id", "since", "consumer", "epoch"];
+
+/// What `since` says where the consumer's own place is meant.
+const LAST_ACKNOWLEDGED: &str = "last-acknowledged";
 
 /// Names the log that the seqs of this stream are of.
 const EPOCH: HeaderName = HeaderName::from_static("tidegate-epoch");
@@ -70,9 +73,23 @@ fn request(query: &Query, headers: &HeaderMap) -> Result<Request, Error> {
         user_id: query.text("user_id").map(user_id),
     };
     // Read even where the header wins: a bad value is refused, never ignored.
-    let since = query.text("since").map(Position::parse).transpose()?;
+    let since = since(query.text("since"), query.text("consumer"))?;
     let position = last_event_id(headers)?.or(since).unwrap_or_default();
     Ok(Request { filter, position, epoch: query.owned("epoch") })
+}
+
+/// Where a client asks to begin.
+fn since(since: Option<&str>, consumer: Option<&str>) -> Result<Option<Position>, Error> {
+    match (since, consumer) {
+        (None | Some(LAST_ACKNOWLEDGED), Some(name)) => Ok(Some(Position::Acknowledged(name.into()))),
+        (Some(LAST_ACKNOWLEDGED), None) => {
+            Err(Error::invalid("since", LAST_ACKNOWLEDGED, "needs a consumer, whose place is meant"))
+        }
+        (Some(_), Some(name)) => {
+            Err(Error::invalid("consumer", name, "cannot be given beside a since other than last-acknowledged"))
+        }
+        (since, None) => since.map(Position::parse).transpose(),
+    }
 }
 
 /// Where a client that comes again got to. An empty header is none: so browsers begin.

@@ -148,7 +148,7 @@ async fn a_stream_shows_what_is_asked_for() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_question_to_the_stream_is_refused_by_name() {
     let (_folder, server) = in_memory("").await;
-    let rows: [(&str, &[(&str, &str)], u16, &str, &str); 10] = [
+    let rows: [(&str, &[(&str, &str)], u16, &str, &str); 13] = [
         ("?since=yesterday", &[], 422, "since", "yesterday"),
         ("?since=-1", &[], 422, "since", "-1"),
         ("?since=18446744073709551616", &[], 422, "since", "18446744073709551616"),
@@ -157,6 +157,9 @@ async fn a_bad_question_to_the_stream_is_refused_by_name() {
         ("?source=mars", &[], 422, "source", "mars"),
         ("", &[("last-event-id", "x")], 422, "Last-Event-ID", "x"),
         ("", &[("last-event-id", "latest")], 422, "Last-Event-ID", "latest"),
+        ("?since=last-acknowledged", &[], 422, "since", "last-acknowledged"),
+        ("?since=1&consumer=a", &[], 422, "consumer", "a"),
+        ("?consumer=", &[], 422, "consumer", ""),
         ("?patern=a", &[], 400, "patern", "a"),
         ("?since=1&since=2", &[], 400, "since", "2"),
     ];
@@ -187,6 +190,33 @@ async fn streams_are_counted_bounded_and_given_up_when_their_client_goes() {
     let mut third = Stream::open(&server.url, "", &[]).await;
     publish_many(&server, 1).await;
     assert_eq!((second.ids(1).await, third.ids(1).await), (vec![1], vec![1]));
+}
+
+/// BEHAVIOURS G8, G9.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_keeps_its_place_with_the_server() {
+    let (_folder, server) = in_memory("").await;
+    publish_many(&server, 5).await;
+    let put = async |path: &str, body: &str| wire::post(&server.url, &format!("/v1/consumers/{path}"), body).await;
+    assert_eq!(wire::get(&server.url, "/v1/consumers/reports").await.status, 404);
+    assert_eq!(Stream::open(&server.url, "?consumer=reports", &[]).await.ids(5).await, [1, 2, 3, 4, 5]);
+    assert_eq!(put("reports/ack", r#"{"seq":3}"#).await.json(), json!({"name": "reports", "seq": 3}));
+    assert_eq!(put("reports/ack", r#"{"seq":2}"#).await.json(), json!({"name": "reports", "seq": 3}));
+    let query = "?since=last-acknowledged&consumer=reports";
+    assert_eq!(Stream::open(&server.url, query, &[]).await.ids(2).await, [4, 5]);
+    assert_eq!(Stream::open(&server.url, query, &[("last-event-id", "4")]).await.ids(1).await, [5]);
+    assert_eq!(put("reports/seek", r#"{"seq":1}"#).await.json(), json!({"name": "reports", "seq": 1}));
+    assert_eq!(wire::get(&server.url, "/v1/consumers/reports").await.json(), json!({"name": "reports", "seq": 1}));
+    let rows = [
+        ("reports/ack", r#"{"seq":6}"#, "seq: is beyond the head of the log, 5"),
+        ("reports/ack", r#"{"seq":-1}"#, "seq: must be a seq"),
+        ("reports/seek", "{}", "seq: is required"),
+        ("reports/seek", r#"{"sqe":1}"#, "did you mean seq?"),
+    ];
+    for (path, body, words) in rows {
+        let refused = put(path, body).await;
+        assert!(refused.status == 422 && refused.text.contains(words), "{body}: {}", refused.text);
+    }
 }
 
 /// A token that may publish may not follow.
