@@ -9,6 +9,7 @@ mod dead;
 mod events;
 mod exit;
 pub mod follow;
+mod migrate;
 pub mod plugin;
 mod plugins;
 mod publish;
@@ -60,6 +61,8 @@ enum Command {
     /// Build, check and inspect plugins; list those that a server runs
     #[command(subcommand)]
     Plugin(plugins::Command),
+    /// Make the store's schema or bring it up to date, and end
+    Migrate(migrate::Args),
     /// Print the configuration that is in force, secrets masked
     Config(config::Args),
 }
@@ -87,6 +90,7 @@ impl Command {
             Self::Dead(command) => command.client().json,
             Self::Replay(args) => args.client.json,
             Self::Plugin(command) => command.is_json(),
+            Self::Migrate(args) => args.json,
             Self::Config(args) => args.json,
         }
     }
@@ -102,6 +106,7 @@ fn run(command: Command) -> Result<Exit> {
         Command::Dead(command) => wait(dead::run(command)),
         Command::Replay(args) => wait(replay::run(args)),
         Command::Plugin(command) => plugins::run(command),
+        Command::Migrate(args) => wait(migrate::run(args)),
         Command::Config(args) => config::run(args),
     }
 }

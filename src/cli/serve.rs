@@ -25,6 +25,7 @@ use crate::http::{Gate, Server, Services};
 use crate::metrics::Metrics;
 use crate::provider::Provider;
 use crate::provider::memory::MemoryProvider;
+use crate::provider::postgres::PostgresProvider;
 use crate::provider::sqlite::SqliteProvider;
 
 const SETTINGS: &str = "Every setting of the configuration can be given in the environment too: TIDEGATE_PROVIDER, \
@@ -131,10 +132,12 @@ async fn join(working: JoinHandle<crate::Result<()>>) -> Result<()> {
     Ok(working.await.context("the broker broke")??)
 }
 
-async fn open_provider(config: &Config) -> Result<Arc<dyn Provider>> {
+/// Opens the store, which brings its schema up to date.
+pub(super) async fn open_provider(config: &Config) -> Result<Arc<dyn Provider>> {
     match ProviderUrl::parse(&config.provider)? {
         ProviderUrl::Memory => Ok(Arc::new(MemoryProvider::open(config.memory.clone())?)),
         ProviderUrl::Sqlite => Ok(Arc::new(SqliteProvider::open(config.sqlite.clone()).await?)),
+        ProviderUrl::Postgres => Ok(Arc::new(PostgresProvider::open(config.postgres.clone()).await?)),
     }
 }
 
@@ -172,7 +175,7 @@ async fn reload_on(mut hangup: Signal, reloader: Option<Reloader>) {
 fn greeting(config: &Config, host: Option<&Host>) -> String {
     let count = host.map(|host| host.plugins().iter().filter(|plugin| plugin.active.is_some()).count());
     let plugins = count.map_or_else(|| "no folder of plugins".to_owned(), |count| format!("{count} plugins"));
-    format!("with {} and {plugins}", config.provider)
+    format!("with {} and {plugins}", config.provider_shown())
 }
 
 /// A flag that the first SIGINT or SIGTERM raises. The second ends the process.

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::provider::{memory, sqlite};
+use crate::provider::{memory, postgres, sqlite};
 use crate::{broker, host, http, metrics};
 
 pub use tree::Setting;
@@ -31,7 +31,7 @@ pub struct Config {
     pub enabled: bool,
     /// Where HTTP is served.
     pub listen: SocketAddr,
-    /// The store, as a URL: `memory:` or `sqlite://PATH`.
+    /// The store, as a URL: `memory:`, `sqlite://PATH` or `postgres://USER:PASSWORD@HOST/DATABASE`.
     pub provider: String,
     /// Names this process; empty for the host's name. `${NAME}` is replaced by that environment variable.
     pub instance_id: String,
@@ -47,6 +47,8 @@ pub struct Config {
     pub memory: memory::Options,
     /// The store in a SQLite file.
     pub sqlite: sqlite::Options,
+    /// The store in a PostgreSQL database.
+    pub postgres: postgres::Options,
     /// What runs plugins.
     pub host: host::Options,
     /// What each plugin is granted and configured with, by its name.
@@ -99,6 +101,7 @@ impl Default for Config {
             http: http::Options::default(),
             memory: memory::Options::default(),
             sqlite: sqlite::Options::default(),
+            postgres: postgres::Options::default(),
             host: host::Options::default(),
             plugins: BTreeMap::new(),
         }
@@ -125,6 +128,8 @@ pub enum ProviderUrl {
     Memory,
     /// `sqlite://PATH`.
     Sqlite,
+    /// `postgres://…` or `postgresql://…`.
+    Postgres,
 }
 
 impl ProviderUrl {
@@ -133,7 +138,7 @@ impl ProviderUrl {
     /// # Errors
     /// [`Error::Invalid`] naming `provider`: an unknown scheme, one that this version does not serve, or no path.
     pub fn parse(url: &str) -> Result<Self> {
-        let served = "this version serves memory: and sqlite://PATH";
+        let served = "this version serves memory:, sqlite://PATH and postgres://USER:PASSWORD@HOST/DATABASE";
         let refuse = |reason: String| Err(Error::invalid("provider", secrets::without_password(url), reason));
         let (scheme, rest) = url.split_once(':').unwrap_or((url, ""));
         match (scheme, rest.strip_prefix("//").unwrap_or(rest)) {
@@ -142,7 +147,17 @@ impl ProviderUrl {
             ("sqlite", "") => refuse("names no file: write sqlite://PATH".to_owned()),
             ("sqlite", _) if url.starts_with("sqlite://") => Ok(Self::Sqlite),
             ("sqlite", _) => refuse("must be sqlite://PATH".to_owned()),
-            ("postgres" | "postgresql" | "redis" | "rediss" | "nats" | "database", _) => {
+            ("postgres" | "postgresql", "") => {
+                refuse(format!("names no server: write {scheme}://USER:PASSWORD@HOST/DATABASE"))
+            }
+            ("postgres" | "postgresql", _) if rest.starts_with("//") => Ok(Self::Postgres),
+            ("postgres" | "postgresql", _) => refuse(format!("must be {scheme}://USER:PASSWORD@HOST/DATABASE")),
+            ("database", _) => refuse(
+                "names no server: the original broker was handed its connection; set TIDEGATE_PROVIDER or --provider to \
+                 postgres://USER:PASSWORD@HOST/DATABASE"
+                    .to_owned(),
+            ),
+            ("redis" | "rediss" | "nats", _) => {
                 refuse(format!("provider {scheme} is not served; {served}"))
             }
             _ => refuse(format!("unknown provider: {scheme}; {served}")),
@@ -203,6 +218,8 @@ impl Config {
         config.broker.max_payload = config.limits.max_payload.as_u64();
         config.broker.max_depth = config.limits.max_depth;
         config.sqlite.url.clone_from(&config.provider);
+        config.postgres.url.clone_from(&config.provider);
+        config.postgres.max_payload = config.limits.max_payload.as_u64();
         config.host.plugins.clone_from(&config.plugins);
         config.host.max_payload = config.limits.max_payload.as_u64();
         config.host.user_cache = sources.user_cache();
@@ -214,6 +231,7 @@ impl Config {
         self.broker.validate().map_err(|error| within("broker", error))?;
         self.http.validate(self.listen)?;
         self.host.validate()?;
+        self.postgres.validate().map_err(|error| within("postgres", error))?;
         ProviderUrl::parse(&self.provider)?;
         if self.http.max_body.as_u64() < self.limits.max_payload.as_u64().saturating_mul(2) {
             let reason = "must be at least twice limits.max_payload: base64 and the event around it need room";
@@ -229,6 +247,12 @@ impl Config {
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string_pretty(&self.to_json())
             .map_err(|error| Error::invalid("config", "", format!("cannot be shown as TOML: {error}")))
+    }
+
+    /// The store's URL for people to read: a password in it is masked.
+    #[must_use]
+    pub fn provider_shown(&self) -> String {
+        secrets::without_password(&self.provider)
     }
 
     /// What is in force as JSON; secrets are masked.

@@ -30,8 +30,7 @@ struct Original {
     _redis: Option<Redis>,
     #[serde(rename = "nats")]
     _nats: Option<Nats>,
-    #[serde(rename = "database")]
-    _database: Option<Database>,
+    database: Option<Database>,
 }
 
 impl Default for Original {
@@ -46,7 +45,7 @@ impl Default for Original {
             retry_policy: Retry::default(),
             _redis: None,
             _nats: None,
-            _database: None,
+            database: None,
         }
     }
 }
@@ -96,13 +95,16 @@ struct Nats {
     max_age: Duration,
 }
 
+/// The table and the channel are the original's own: ours have other names, in a schema of their own.
 #[derive(Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Database {
-    table_name: String,
-    channel: String,
-    #[serde(with = "friendly::required")]
-    poll_interval: Duration,
+    #[serde(rename = "table_name")]
+    _table_name: String,
+    #[serde(rename = "channel")]
+    _channel: String,
+    #[serde(with = "friendly::optional")]
+    poll_interval: Option<Duration>,
 }
 
 /// The tree that `root` means.
@@ -117,7 +119,10 @@ pub(super) fn translate(mut root: Map<String, Value>) -> Result<Value> {
     }
     let section = if section.is_null() { Value::Object(Map::new()) } else { section };
     let original: Original = tree::read(section, &[], None).map_err(|error| super::within(ROOT, error))?;
+    let poll = original.database.and_then(|database| database.poll_interval).filter(|every| !every.is_zero());
+    let postgres = poll.map_or_else(|| json!({}), |every| json!({"poll_interval": format!("{}us", every.as_micros())}));
     Ok(json!({
+        "postgres": postgres,
         "enabled": original.enabled,
         "provider": provider(&original.provider)?,
         "instance_id": original.instance_id,

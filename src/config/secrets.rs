@@ -30,22 +30,46 @@ pub(super) fn mask(tree: &mut Value) {
     }
 }
 
-/// `text` with the password of a URL masked.
+/// `text` with the password of a URL masked, whether it stands before the server or among the parameters.
 pub(super) fn without_password(text: &str) -> String {
-    let masked = || {
-        let (scheme, rest) = text.split_once("://")?;
-        let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-        let (login, server) = authority.rsplit_once('@')?;
+    let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
+    let split = rest.split_once('?').filter(|(before, after)| before.contains('@') || !after.contains('@'));
+    let (address, parameters) = split.map_or((rest, None), |(before, after)| (before, Some(after)));
+    let login = || {
+        let (login, server) = address.rsplit_once('@')?;
         let (user, _password) = login.split_once(':')?;
-        Some(format!("{scheme}://{user}:{MASK}@{server}{path}"))
+        Some(format!("{user}:{MASK}@{server}"))
     };
-    masked().unwrap_or_else(|| text.to_owned())
+    let address = login().unwrap_or_else(|| address.to_owned());
+    let masked = |parameter: &str| match parameter.split_once('=') {
+        Some((name, _)) if is_secret(name) => format!("{name}={MASK}"),
+        _ => parameter.to_owned(),
+    };
+    let parameters = parameters.map(|all| all.split('&').map(masked).collect::<Vec<_>>().join("&"));
+    let parameters = parameters.map(|all| format!("?{all}")).unwrap_or_default();
+    format!("{scheme}://{address}{parameters}")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn a_password_is_masked_wherever_a_url_has_it() {
+        let rows = [
+            ("postgres://a:b@h/d", "postgres://a:***@h/d"),
+            ("postgres://a:p/q@r@h:1/d?sslmode=require", "postgres://a:***@h:1/d?sslmode=require"),
+            ("postgres://h/d?user=a&password=b&x=1", "postgres://h/d?user=a&password=***&x=1"),
+            ("postgres://a@h/d", "postgres://a@h/d"),
+            ("postgres://a:b?c@h/d", "postgres://a:***@h/d"),
+            ("sqlite://x:y.db", "sqlite://x:y.db"),
+            ("memory:", "memory:"),
+        ];
+        for (url, shown) in rows {
+            assert_eq!(without_password(url), shown);
+        }
+    }
 
     #[test]
     fn secrets_are_masked_wherever_they_stand() {

@@ -74,7 +74,7 @@ fn the_original_brokers_defaults_are_kept() {
 fn a_provider_that_is_not_served_is_named() {
     let with = |name: &str| refused(".yaml", &ORIGINAL.replace("provider: memory", &format!("provider: {name}")), &[]);
     assert!(with("kafka").contains("unknown provider: kafka"));
-    for name in ["redis", "nats", "database"] {
+    for name in ["redis", "nats"] {
         let error = with(name);
         assert!(
             error.contains(&format!("provider {name} is not served")) && error.contains("sqlite://PATH"),
@@ -82,7 +82,9 @@ fn a_provider_that_is_not_served_is_named() {
         );
     }
     for (url, words) in [
-        ("postgres://app:hunter2@db/x", "postgres is not served"),
+        ("redis://app:hunter2@db/x", "redis is not served"),
+        ("postgres:app", "must be postgres://USER"),
+        ("postgresql://", "names no server"),
         ("kafka://x", "unknown provider: kafka"),
         ("sqlite:", "names no file"),
         ("sqlite:x.db", "must be sqlite://PATH"),
@@ -92,6 +94,20 @@ fn a_provider_that_is_not_served_is_named() {
         let error = refused(".toml", &format!("provider = \"{url}\""), &[]);
         assert!(error.contains(words) && !error.contains("hunter2"), "{error}");
     }
+}
+
+/// BEHAVIOURS F8: the original's settings of its database load; only the address, which it had in code, is new.
+#[test]
+fn the_original_brokers_database_is_a_postgresql_once_it_has_an_address() {
+    let text = ORIGINAL.replace("provider: memory", "provider: database");
+    let refusal = refused(".yaml", &text, &[]);
+    assert!(refusal.contains("TIDEGATE_PROVIDER") && refusal.contains("postgres://"), "{refusal}");
+    let config = load(".yaml", &text, &[("TIDEGATE_PROVIDER", "postgres://app:hunter2@db/x")]).unwrap();
+    assert_eq!(ProviderUrl::parse(&config.provider).unwrap(), ProviderUrl::Postgres);
+    assert_eq!(config.postgres.url, "postgres://app:hunter2@db/x");
+    assert_eq!(config.postgres.poll_interval.as_secs(), 1);
+    assert_eq!(config.provider_shown(), "postgres://app:***@db/x");
+    assert!(!config.to_toml().unwrap().contains("hunter2"));
 }
 
 #[test]
@@ -118,7 +134,7 @@ fn the_environment_wins_over_the_file_and_flags_over_both() {
 
 #[test]
 fn a_bad_setting_is_refused_with_its_key_and_a_suggestion() {
-    let rows: [(&str, &str, &[&str]); 20] = [
+    let rows: [(&str, &str, &[&str]); 23] = [
         (".toml", "providr = \"memory:\"", &["providr", "did you mean provider?"]),
         (".toml", "[broker]\nworker_cuont = 1", &["broker.worker_cuont", "did you mean worker_count?"]),
         (".toml", "[brokr]\nworker_count = 1", &["brokr", "did you mean broker?"]),
@@ -134,6 +150,9 @@ fn a_bad_setting_is_refused_with_its_key_and_a_suggestion() {
         (".toml", "[host.limits]\nhost_calls = 0", &["host.limits.host_calls", "leaves nothing"]),
         (".toml", "[plugins.a.limits]\ntimeout = \"0s\"", &["plugins.a.limits.timeout", "leaves nothing"]),
         (".toml", "[plugins.a.limits]\nhost_calls = 0", &["plugins.a.limits", "leaves nothing"]),
+        (".toml", "[postgres]\nschema = \"a-b\"", &["postgres.schema", "letters, digits"]),
+        (".toml", "[postgres]\nmax_connections = 1", &["postgres.max_connections", "at least 2"]),
+        (".toml", "[postgres]\nstatement_timeout = \"0s\"", &["postgres.statement_timeout", "1ms"]),
         (".toml", "[limits]\nmax_payload = \"1 GiB\"", &["http.max_body", "twice limits.max_payload"]),
         (".toml", "listen = ", &["config", "is not TOML"]),
         (".yaml", "listen: [", &["config", "is not YAML"]),

@@ -28,6 +28,7 @@
 #[macro_use]
 pub mod conformance;
 pub mod memory;
+pub mod postgres;
 pub mod rules;
 pub mod sqlite;
 

@@ -242,6 +242,7 @@ impl Provider for SqliteProvider {
         self.check_open()?;
         let mut stats = read::stats(&self.readers).await.map_err(self.failed("count"))?;
         stats.provider_specific.insert("path".to_owned(), self.path.display().to_string().into());
+        stats.provider_specific.insert("schema_version".to_owned(), open::served().into());
         Ok(stats)
     }
 

@@ -15,6 +15,11 @@ use crate::error::{Error, Result};
 /// The schemas in the order of their versions, each changing what the one before left.
 const MIGRATIONS: [&str; 2] = [include_str!("schema.sql"), include_str!("depth.sql")];
 
+/// The version of the schema that this binary serves.
+pub(super) fn served() -> i64 {
+    MIGRATIONS.len() as i64
+}
+
 /// What the header of our databases says that they are: "tide".
 const APPLICATION: i64 = 0x7469_6465;
 
@@ -124,7 +129,7 @@ async fn migrate(writer: &mut SqliteConnection, path: &Path) -> Result<()> {
     if tables > 0 && application != APPLICATION {
         return Err(incompatible("is a database of something else: name another file".to_owned()));
     }
-    let served = MIGRATIONS.len() as i64;
+    let served = served();
     if version > served {
         let reason = format!("has schema {version}, this binary knows up to {served}: use a newer tidegate");
         return Err(incompatible(reason));

@@ -1,0 +1,133 @@
+//! One call's connection: every statement on it has a bound, and what is left half done is not used again.
+//!
+//! The order in which transactions lock rows is the same everywhere, so that none can wait for one that waits for it:
+//! the operators' advisory lock, `deliveries` by seq and subscription, `documents` by name, `progress` by seq, and
+//! `head` last.
+
+use std::time::Duration;
+
+use sqlx::AssertSqlSafe;
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgArguments, PgRow, Postgres};
+use sqlx::query::Query;
+use tokio::time::timeout;
+
+use super::Store;
+use super::trouble::{Step, Trouble};
+
+/// A statement with what is bound to it.
+pub(super) type Statement<'q> = Query<'q, Postgres, PgArguments>;
+
+/// A connection for one call.
+pub(super) struct Session<'a> {
+    pub(super) store: &'a Store,
+    connection: PoolConnection<Postgres>,
+    limit: Duration,
+    in_transaction: bool,
+    /// Whether the connection may be used by others afterwards.
+    is_clean: bool,
+}
+
+impl Store {
+    /// A connection of the pool.
+    pub(super) async fn session(&self) -> Step<Session<'_>> {
+        let connection = self.pool.acquire().await?;
+        Ok(Session { store: self, connection, limit: self.limit, in_transaction: false, is_clean: false })
+    }
+
+    /// A statement. `{s}` stands for the schema, and `{now}` for the time, which is the first parameter where a test
+    /// keeps the clock.
+    pub(super) fn statement<'q>(&self, text: &str) -> Statement<'q> {
+        sqlx::query(AssertSqlSafe(self.text(text))).persistent(self.options.prepared)
+    }
+
+    pub(super) fn text(&self, text: &str) -> String {
+        text.replace("{now}", NOW).replace("{s}", &self.schema)
+    }
+}
+
+/// The server's clock, unless the first parameter says what time it is.
+const NOW: &str = "coalesce($1::bigint, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint)";
+
+impl Session<'_> {
+    /// All rows that a statement answers.
+    pub(super) async fn rows(&mut self, statement: Statement<'_>) -> Step<Vec<PgRow>> {
+        let fetched = timeout(self.limit, statement.fetch_all(&mut *self.connection)).await;
+        Ok(fetched.map_err(|_| Trouble::Late(self.limit))??)
+    }
+
+    /// The one row that a statement answers.
+    pub(super) async fn row(&mut self, statement: Statement<'_>) -> Step<PgRow> {
+        self.rows(statement).await?.pop().ok_or_else(|| sqlx::Error::RowNotFound.into())
+    }
+
+    /// How many rows a statement changed.
+    pub(super) async fn execute(&mut self, statement: Statement<'_>) -> Step<u64> {
+        let executed = timeout(self.limit, statement.execute(&mut *self.connection)).await;
+        Ok(executed.map_err(|_| Trouble::Late(self.limit))??.rows_affected())
+    }
+
+    /// Executes text without parameters, several statements at once if need be.
+    async fn plain(&mut self, text: &str) -> Step<()> {
+        let executed =
+            timeout(self.limit, sqlx::raw_sql(AssertSqlSafe(text.to_owned())).execute(&mut *self.connection)).await;
+        executed.map_err(|_| Trouble::Late(self.limit))??;
+        Ok(())
+    }
+
+    /// Begins a transaction.
+    pub(super) async fn begin(&mut self) -> Step<()> {
+        self.begin_with("BEGIN").await
+    }
+
+    /// Begins a transaction whose statements all see the same, and which changes nothing. Its plans are made for it
+    /// alone, so that the server may choose among all kinds.
+    pub(super) async fn begin_reading(&mut self) -> Step<()> {
+        self.begin_with(
+            "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL plan_cache_mode = force_custom_plan; \
+             SET LOCAL enable_sort = on; SET LOCAL enable_hashjoin = on; SET LOCAL enable_bitmapscan = on; \
+             SET LOCAL enable_mergejoin = on; SET LOCAL enable_seqscan = on",
+        )
+        .await
+    }
+
+    /// Begins a transaction for an operator's change: one at a time, and with more time than others.
+    pub(super) async fn begin_operating(&mut self) -> Step<()> {
+        self.limit = self.limit.saturating_mul(OPERATING);
+        let timeout = self.store.options.statement_timeout.saturating_mul(OPERATING).as_millis();
+        self.begin_with(&format!("BEGIN; SET LOCAL statement_timeout = {timeout}")).await?;
+        let lock = "SELECT pg_advisory_xact_lock(hashtextextended('tidegate operate ' || $1, 0))";
+        let lock = self.store.statement(lock).bind(self.store.schema.clone());
+        self.execute(lock).await.map(drop)
+    }
+
+    async fn begin_with(&mut self, text: &str) -> Step<()> {
+        self.in_transaction = true;
+        self.plain(text).await
+    }
+
+    /// Commits.
+    pub(super) async fn commit(&mut self) -> Step<()> {
+        self.plain("COMMIT").await?;
+        self.in_transaction = false;
+        Ok(())
+    }
+
+    /// Ends the call: what it began and did not commit is undone, and the connection goes back if it is in order.
+    pub(super) async fn finish<T>(mut self, result: Step<T>) -> Step<T> {
+        let spared = result.as_ref().err().is_none_or(Trouble::spares_connection);
+        self.is_clean = spared && (!self.in_transaction || self.plain("ROLLBACK").await.is_ok());
+        result
+    }
+}
+
+/// How much longer than other statements an operator's may take.
+const OPERATING: u32 = 10;
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        if !self.is_clean {
+            self.connection.close_on_drop();
+        }
+    }
+}

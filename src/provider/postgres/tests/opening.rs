@@ -1,0 +1,94 @@
+//! What is refused at opening, and why.
+
+use super::*;
+
+async fn refusal(options: Options) -> String {
+    let error = PostgresProvider::open(options).await.err().unwrap();
+    let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+    format!("{error}: {cause}")
+}
+
+/// FACTS: migrations run under a transaction-level advisory lock.
+#[tokio::test]
+async fn ten_replicas_that_start_at_once_make_one_schema() {
+    let schema = Schema::new();
+    let starting = (0..10).map(|_| tokio::spawn(PostgresProvider::open(schema.options.clone())));
+    for replica in starting.collect::<Vec<_>>() {
+        replica.await.unwrap().unwrap();
+    }
+    let versions = schema.sql("SELECT count(*), max(version) FROM {s}.tidegate_versions");
+    assert_eq!(versions, format!("1|{}", open::served()));
+}
+
+/// FACTS: an older binary must refuse a newer schema.
+#[tokio::test]
+async fn a_newer_schema_and_a_foreign_one_are_refused() {
+    let schema = Schema::new();
+    schema.provider().await.close().await.unwrap();
+    schema.sql("INSERT INTO {s}.tidegate_versions (version, binary_version) VALUES (99, 'later')");
+    let text = refusal(schema.options.clone()).await;
+    assert!(text.contains("version 99") && text.contains("knows up to 1") && text.contains("newer tidegate"), "{text}");
+    let foreign = Schema::new();
+    foreign.sql("CREATE SCHEMA {s}; CREATE TABLE {s}.users (id int)");
+    let text = refusal(foreign.options.clone()).await;
+    assert!(text.contains("something else") && text.contains("postgres.schema"), "{text}");
+    assert_eq!(foreign.sql("SELECT count(*) FROM pg_class WHERE relnamespace = '{s}'::regnamespace"), "1");
+}
+
+#[tokio::test]
+async fn a_name_that_is_no_identifier_is_refused_and_one_with_capitals_works() {
+    for schema in ["", "1a", "a-b", "a\"b", "pg_temp", "a b", "ä", &"a".repeat(64), "a;drop schema public"] {
+        let text = refusal(options(schema)).await;
+        assert!(text.contains("schema: must be a name"), "{schema}: {text}");
+    }
+    let name = format!("Tide_{}", Postgres::shared().fresh_name());
+    let provider = PostgresProvider::open(options(&name)).await.unwrap();
+    provider.append(appends(1)).await.unwrap();
+    assert_eq!(provider.stats().await.unwrap().provider_specific["schema"], name);
+}
+
+#[tokio::test]
+async fn what_stands_in_the_way_is_said_with_what_to_do() {
+    let server = Postgres::shared();
+    let name = server.fresh_name();
+    server.psql("postgres", "CREATE ROLE guarded LOGIN PASSWORD 'right'");
+    server.psql("postgres", &format!("CREATE ROLE reader_{name} LOGIN CONNECTION LIMIT 5"));
+    server.psql("postgres", &format!("CREATE ROLE full_{name} LOGIN CONNECTION LIMIT 0"));
+    let url = |user: &str, database: &str| server.url(database).replace("postgres@", &format!("{user}@"));
+    let rows = [
+        (url("guarded:wrong", "postgres"), "refused user or password"),
+        (url("postgres", "nowhere"), "no such database: create it first"),
+        (url(&format!("reader_{name}"), "postgres"), "permission is missing: let its owner run `tidegate migrate`"),
+        (url(&format!("full_{name}"), "postgres"), "no connection left: lower postgres.max_connections"),
+        ("postgres://x@127.0.0.1:1/x".to_owned(), "cannot be reached"),
+        ("postgres://x@127.0.0.1:x/x".to_owned(), "is no URL of a PostgreSQL database"),
+        (format!("{}?sslmode=require", server.url("postgres")), "TLS failed: check sslmode"),
+        ("sqlite://x.db".to_owned(), "must begin with postgres://"),
+    ];
+    for (url, words) in rows {
+        let text = refusal(Options { url: url.clone(), schema: name.clone(), ..Options::default() }).await;
+        assert!(text.contains(words), "{url}: {text}");
+        assert!(!text.contains("wrong"), "{text}");
+    }
+}
+
+/// Whoever may not make tables works with those that another has made.
+#[tokio::test]
+async fn a_user_that_may_change_no_tables_works_with_those_that_are_there() {
+    let schema = Schema::new();
+    schema.provider().await.close().await.unwrap();
+    let user = format!("worker_{}", schema.options.schema);
+    schema.sql(&format!(
+        "CREATE ROLE {user} LOGIN; GRANT USAGE ON SCHEMA {{s}} TO {user}; \
+         GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {{s}} TO {user}; \
+         GRANT USAGE ON ALL SEQUENCES IN SCHEMA {{s}} TO {user}"
+    ));
+    let url = schema.options.url.replace("postgres@", &format!("{user}@"));
+    let provider = PostgresProvider::open(Options { url, ..schema.options.clone() }).await.unwrap();
+    provider.append(appends_to(2, &["s", "t"])).await.unwrap();
+    let leases = claim(&provider, 9).await;
+    provider.settle(leases.iter().map(|lease| ended(lease, Next::Complete)).collect()).await.unwrap();
+    provider.put_document("c", "k", "v".into(), Expect::Any, None).await.unwrap();
+    provider.prune(&Retention { max_age: None, max_events: Some(0) }).await.unwrap();
+    assert_eq!(provider.stats().await.unwrap().processing_events, 2);
+}
