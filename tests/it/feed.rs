@@ -6,12 +6,14 @@ use std::time::Duration;
 use tidegate::event::{Seq, UserId};
 use tidegate::feed::{Filter, Frame, Position, Request, Subscriber};
 use tidegate::provider::memory::{self, MemoryProvider};
+use tidegate::provider::postgres::{self, PostgresProvider};
 use tidegate::provider::sqlite::{self, SqliteProvider};
 use tidegate::provider::{Amendment, Append, Provider, Retention};
 use tidegate::{Error, Event, Feed, Metrics, Payload, Source};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use crate::support::postgres::Postgres;
 use crate::support::tapped::Tapped;
 
 /// How long a frame may take on a busy machine.
@@ -35,6 +37,12 @@ impl Place {
     async fn sqlite() -> Self {
         let folder = tempfile::tempdir().unwrap();
         Self { provider: sqlite_in(&folder).await, folder: Some(folder) }
+    }
+
+    async fn postgres() -> Self {
+        let (url, schema) = (Postgres::shared().url("postgres"), Postgres::shared().fresh_name());
+        let options = postgres::Options { url, schema, ..postgres::Options::default() };
+        Self { provider: Arc::new(PostgresProvider::open(options).await.unwrap()), folder: None }
     }
 
     async fn add(&self, count: usize) {
@@ -474,6 +482,12 @@ macro_rules! on_every_store {
             $(#[tokio::test(flavor = "multi_thread")]
             async fn $claim() {
                 super::$claim(super::Place::memory().await).await;
+            })+
+        }
+        mod postgres_store {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $claim() {
+                super::$claim(super::Place::postgres().await).await;
             })+
         }
         mod sqlite_store {

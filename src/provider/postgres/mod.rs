@@ -3,11 +3,14 @@
 //! An inbox that anybody may write to in his own transaction, a log in which every event stands once, and narrow
 //! deliveries that are leased with SKIP LOCKED. `seq` is given out under the lock of one row, so it follows the order
 //! of commits. Almost every call is one statement over all it is about. Nothing is kept here that the database does not
-//! have, but the numbers of subscriptions, which never change. Listening for notifications is not done here.
+//! have, but the numbers of subscriptions, which never change. One connection listens for hints of other processes; nothing
+//! depends on them.
 
 mod append;
 mod claim;
 mod documents;
+mod hint;
+mod listen;
 mod names;
 mod open;
 mod operate;
@@ -28,9 +31,13 @@ use bytes::Bytes;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::PgPool;
-use tokio::sync::watch as channel;
+use tokio::sync::{Notify, watch as channel};
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
 
 use self::append::Numbers;
+use self::hint::Mouth;
+use self::listen::{Ear, Ears, Hearing};
 use self::trouble::{Step, Turns};
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
@@ -111,6 +118,16 @@ impl Options {
 /// The store in a PostgreSQL database.
 pub struct PostgresProvider {
     store: Arc<Store>,
+    _tasks: Tasks,
+}
+
+/// What goes on beside calls. A close ends it, and so does a store that is dropped.
+struct Tasks([AbortHandle; 2]);
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.0.iter().for_each(AbortHandle::abort);
+    }
 }
 
 /// What every call needs.
@@ -130,11 +147,20 @@ struct Store {
     /// The numbers of subscriptions.
     names: Mutex<Numbers>,
     wake: channel::Sender<u64>,
+    /// Told of every write, so that other processes are.
+    written: Arc<Notify>,
+    /// How it stands with hearing of theirs.
+    ears: channel::Receiver<Ears>,
+    /// Whether that was heard when the store was opened.
+    is_told: bool,
     is_closed: AtomicBool,
 }
 
 /// How much longer than the server this side waits, so that the server's word comes first.
 const SLACK: Duration = Duration::from_secs(5);
+
+/// How long opening waits to know whether hints of other processes are heard. It does not fail when they are not.
+const LISTENS_WITHIN: Duration = Duration::from_secs(3);
 
 /// How long a close waits for calls in progress.
 const GRACE: Duration = Duration::from_secs(10);
@@ -161,16 +187,32 @@ impl PostgresProvider {
         let limit = options.statement_timeout.saturating_add(SLACK);
         let every = options.poll_interval.max(Duration::from_millis(1));
         let (names, wake, is_closed) = (Mutex::default(), channel::Sender::new(0), AtomicBool::new(false));
-        let store = Store { pool, schema, place, server, limit, clock, names, wake, is_closed, options };
+        let (written, mouth) = (Arc::new(Notify::new()), Mouth::new(pool.clone(), &options.schema));
+        let (told, mut ears) = channel::channel(Ears::default());
+        let ear = Ear { mouth: mouth.clone(), wake: wake.clone(), ears: told };
+        let tasks = [tokio::spawn(ear.run()), tokio::spawn(mouth.run(Arc::clone(&written)))];
+        let tasks = Tasks(tasks.map(|task| task.abort_handle()));
+        let known = ears.wait_for(|ears| ears.hearing != Hearing::Starting);
+        let is_told =
+            matches!(timeout(LISTENS_WITHIN, known).await, Ok(Ok(ears)) if ears.hearing == Hearing::Listening);
+        let store = Store {
+            pool,
+            schema,
+            place,
+            server,
+            limit,
+            clock,
+            names,
+            wake,
+            written,
+            ears,
+            is_told,
+            is_closed,
+            options,
+        };
         let store = Arc::new(store);
         tokio::spawn(watch::run(Arc::downgrade(&store), every));
-        Ok(Self { store })
-    }
-
-    /// What [`wake`](Provider::wake) hears. Whoever learns otherwise that another process has written may tick it.
-    #[must_use]
-    pub fn ticker(&self) -> channel::Sender<u64> {
-        self.store.wake.clone()
+        Ok(Self { store, _tasks: tasks })
     }
 
     /// Runs a call unless the store is closed, and puts what went wrong into words.
@@ -186,7 +228,7 @@ impl PostgresProvider {
         work: impl Future<Output = Step<T>> + Send,
     ) -> Result<T> {
         let answer = self.call(action, work).await?;
-        self.store.tick();
+        self.store.wrote();
         Ok(answer)
     }
 }
@@ -212,7 +254,7 @@ impl Provider for PostgresProvider {
             shared: true,
             transactions: true,
             key_ordering: true,
-            push: false,
+            push: self.store.is_told,
         }
     }
 
@@ -224,7 +266,7 @@ impl Provider for PostgresProvider {
     async fn route(&self, matcher: &Matcher<'_>, max: usize) -> Result<usize> {
         let moved = self.call(|| "take events from the inbox".to_owned(), self.store.route(matcher, max)).await?;
         if moved > 0 {
-            self.store.tick();
+            self.store.wrote();
         }
         Ok(moved)
     }

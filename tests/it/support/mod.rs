@@ -1,6 +1,8 @@
 //! What tests share: real servers of our own, and a checker of what they promised.
 
 pub(crate) mod history;
+pub(crate) mod postgres;
+pub(crate) mod proxy;
 pub(crate) mod server;
 pub(crate) mod stream;
 pub(crate) mod tapped;
