@@ -64,6 +64,11 @@ impl Cursor {
         Self { seq, epoch: Arc::clone(&page.epoch), is_untold: false }
     }
 
+    /// The same seq in the log of this name, where one is known.
+    pub(super) fn of(self, epoch: Option<Arc<str>>) -> Self {
+        Self { epoch: epoch.unwrap_or(self.epoch), ..self }
+    }
+
     /// At what is oldest.
     pub(super) fn at_floor(page: &LogPage) -> Self {
         Self { is_untold: true, ..Self::at(page.floor.saturating_sub(1), page) }

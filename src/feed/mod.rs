@@ -35,9 +35,9 @@ pub use cursor::Position;
 pub use replay::Subscriber;
 pub use tail::Service;
 
-/// How many clients read the log at once; the others wait their turn, page by page. Stores have few connections, and
-/// publishing goes before catching up.
-const READERS: usize = 4;
+/// How many clients read the log at once; the others wait their turn, page by page. Stores have few connections to read
+/// with, and others want to read too.
+const READERS: usize = 2;
 
 /// How many ephemeral events wait for a client. One that is further behind misses the oldest: they carry no promise.
 const EPHEMERAL: usize = 256;
@@ -68,7 +68,7 @@ pub struct Request {
     pub filter: Filter,
     /// From where on.
     pub position: Position,
-    /// The log that the position is of, where the client knows it: in another log the position means nothing.
+    /// The log that [`Position::After`] is of, where the client knows it: in another log that seq means nothing.
     pub epoch: Option<String>,
 }
 
@@ -128,7 +128,6 @@ pub struct Feed {
 
 impl Feed {
     /// A feed of what `provider` keeps. Clients get the live tail while [`Service::run`] is polled.
-    #[must_use]
     pub fn new(provider: Arc<dyn Provider>, metrics: Metrics) -> (Self, Service) {
         let shared = Arc::new(Shared {
             provider,

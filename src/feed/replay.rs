@@ -57,16 +57,12 @@ impl Subscriber {
             _ => None,
         };
         let page = shared.provider.read(0, 0).await?;
-        let epoch = kept.as_ref().map(|kept| Arc::clone(&kept.epoch)).or(request.epoch.map(Arc::from));
-        let mut cursor = match request.position {
-            Position::Latest => Cursor::at(page.head, &page),
-            Position::Beginning => Cursor::at_floor(&page),
-            Position::After(seq) => Cursor::at(seq, &page),
-            Position::Acknowledged(_) => kept.map_or(Cursor::at_floor(&page), |kept| Cursor::at(kept.seq, &page)),
+        let cursor = match (request.position, kept) {
+            (Position::Latest, _) => Cursor::at(page.head, &page),
+            (Position::Beginning | Position::Acknowledged(_), None) => Cursor::at_floor(&page),
+            (Position::After(seq), _) => Cursor::at(seq, &page).of(request.epoch.map(Arc::from)),
+            (_, Some(kept)) => Cursor::at(kept.seq, &page).of(Some(kept.epoch)),
         };
-        if let Some(epoch) = epoch {
-            cursor.epoch = epoch;
-        }
         let mut subscriber = Self {
             shared,
             place,

@@ -38,6 +38,9 @@ const PARAMETERS: [&str; 6] = ["pattern", "source", "user_id", "since", "consume
 /// What `since` says where the consumer's own place is meant.
 const LAST_ACKNOWLEDGED: &str = "last-acknowledged";
 
+/// The most patterns of one stream: each is tried on every event.
+const MAX_PATTERNS: usize = 64;
+
 /// Names the log that the seqs of this stream are of.
 const EPOCH: HeaderName = HeaderName::from_static("tidegate-epoch");
 
@@ -67,6 +70,11 @@ pub(super) async fn stream(
 }
 
 fn request(query: &Query, headers: &HeaderMap) -> Result<Request, Error> {
+    let count = query.all("pattern").count();
+    if count > MAX_PATTERNS {
+        let reason = format!("may be given at most {MAX_PATTERNS} times");
+        return Err(Error::invalid("pattern", count.to_string(), reason));
+    }
     let filter = Filter {
         patterns: query.all("pattern").map(Pattern::parse).collect::<Result<_, _>>()?,
         source: query.text("source").map(Source::parse).transpose()?,

@@ -148,7 +148,8 @@ async fn a_stream_shows_what_is_asked_for() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bad_question_to_the_stream_is_refused_by_name() {
     let (_folder, server) = in_memory("").await;
-    let rows: [(&str, &[(&str, &str)], u16, &str, &str); 13] = [
+    type Row = (&'static str, &'static [(&'static str, &'static str)], u16, &'static str, &'static str);
+    let rows: [Row; 13] = [
         ("?since=yesterday", &[], 422, "since", "yesterday"),
         ("?since=-1", &[], 422, "since", "-1"),
         ("?since=18446744073709551616", &[], 422, "since", "18446744073709551616"),
