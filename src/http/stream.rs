@@ -192,3 +192,54 @@ fn write_data(entry: &Entry, text: &mut Vec<u8>) {
     }
     text.push(b'\n');
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::sync::Semaphore;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::event::{Event, Payload};
+    use crate::feed::Feed;
+    use crate::metrics::Metrics;
+    use crate::provider::memory::{MemoryProvider, Options};
+    use crate::provider::{Append, Provider};
+
+    async fn append(provider: &dyn Provider, event_type: &str) {
+        let event = Event::new(Source::System, event_type.parse().unwrap(), Payload::default());
+        provider.append(vec![Append { event, subscriptions: Arc::default() }]).await.unwrap();
+    }
+
+    async fn next(outgoing: Outgoing) -> (String, Outgoing) {
+        let (bytes, outgoing) = outgoing.chunk().await.unwrap();
+        (String::from_utf8(bytes.unwrap().to_vec()).unwrap(), outgoing)
+    }
+
+    /// BEHAVIOURS I12.
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_stream_says_that_it_is_there_and_how_far_it_has_come() {
+        let provider: Arc<dyn Provider> = Arc::new(MemoryProvider::open(Options::default()).unwrap());
+        let (feed, service) = Feed::new(Arc::clone(&provider), Metrics::default());
+        tokio::spawn(service.run(std::future::pending()));
+        let filter = Filter { patterns: vec!["meant".parse().unwrap()], ..Filter::default() };
+        let subscriber = feed.subscribe(Request { filter, ..Request::default() }).await.unwrap();
+        let place = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+        let (first, outgoing) = next(Outgoing::new(subscriber, place)).await;
+        assert_eq!(first, "retry: 1000\nid: 0\n\n");
+
+        let began = Instant::now();
+        let (silence, outgoing) = next(outgoing).await;
+        assert_eq!((silence.as_str(), began.elapsed().as_secs()), (": keep-alive\n\n", 15));
+        append(&*provider, "passed.over").await;
+        append(&*provider, "passed.over").await;
+        let (place, outgoing) = next(outgoing).await;
+        assert_eq!((place.as_str(), began.elapsed().as_secs()), (": keep-alive\nid: 2\n\n", 30));
+        let (again, outgoing) = next(outgoing).await;
+        assert_eq!(again, ": keep-alive\n\n");
+        append(&*provider, "meant").await;
+        let (event, _) = next(outgoing).await;
+        assert!(event.starts_with("id: 3\ndata: {") && event.ends_with("}\n\n"), "{event}");
+    }
+}
