@@ -2,12 +2,12 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check bench plugins plugins-js plugins-test setup
+.PHONY: help quickstart test check bench plugins plugins-js plugins-test setup setup-plugins setup-stores
 
 help: ## List these commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
-quickstart: setup plugins ## Build host and samples, publish a stream of shop events, and stay up (QUICKSTART_EXIT=1 ends it)
+quickstart: plugins ## Build host and samples, publish a stream of shop events, and stay up (QUICKSTART_EXIT=1 ends it)
 	@scripts/quickstart.sh
 
 test: setup plugins ## Run every test
@@ -25,7 +25,7 @@ check: ## Formatting, lints over every feature set, rustdoc, and the import tabl
 bench: setup plugins ## Run the benchmarks that performance claims rest on
 	cargo bench
 
-plugins: setup ## Build every sample plugin and the one that misbehaves into target/plugins
+plugins: setup-plugins ## Build every sample plugin and the one that misbehaves into target/plugins
 	cargo run --quiet -- plugin build plugins --all --output target/plugins
 
 plugins-js: ## Build the sample in JavaScript (needs Node.js with npm), serve it and check its answers
@@ -37,5 +37,10 @@ plugins-js: ## Build the sample in JavaScript (needs Node.js with npm), serve it
 plugins-test: ## Test the plugin SDK and the samples, natively
 	cargo test --quiet --manifest-path plugins/Cargo.toml
 
-setup: ## Install what building plugins needs and cargo does not bring
+setup: setup-plugins setup-stores ## Install what building plugins and testing need and cargo does not bring
+
+setup-plugins:
 	@scripts/setup-wasm.sh
+
+setup-stores:
+	@scripts/setup-stores.sh

@@ -288,10 +288,10 @@ fn bad_configurations_and_components_are_refused_by_name() {
         (
             &["serve", "--config", &redis],
             2,
-            "provider redis is not served; this version serves memory: and sqlite://PATH",
+            "provider redis is not served; this version serves memory:, sqlite://PATH and postgres://",
         ),
         (&["config", "--config", &grants], 2, "buckets"),
-        (&["serve", "--provider", "postgres://db"], 2, "provider postgres is not served"),
+        (&["serve", "--provider", "postgres://"], 2, "names no server: write postgres://USER:PASSWORD@HOST/DATABASE"),
         (&["serve", "--listen", "localhost"], 2, "listen"),
         (&["serve", "--listen", "0.0.0.0:0"], 2, "needs tokens"),
         (

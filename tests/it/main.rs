@@ -16,6 +16,7 @@ mod edges;
 mod feed;
 mod host;
 mod house;
+mod postgres;
 mod relay;
 mod reload;
 mod restart;

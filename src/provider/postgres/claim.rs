@@ -10,8 +10,10 @@ use std::time::Duration;
 
 use sqlx::Row as _;
 use sqlx::postgres::PgRow;
+use tokio::time::Instant;
 
 use super::append::Numbers;
+use super::front::{Reach, Seen};
 use super::row::{self, EVENT_WIDTH, as_micros, counter, limit, signed, unsigned};
 use super::session::{Session, Statement};
 use super::settle::End;
@@ -28,14 +30,14 @@ macro_rules! quiet_now {
     };
 }
 
-/// Leases what `picked` gives: `$2` the worker, `$3` how long, `$4` what makes tokens random.
+/// Leases what `picked` gives and has locked: `$2` the worker, `$3` how long, `$4` what makes tokens random.
 macro_rules! lease {
     () => {
         ", leased AS (UPDATE {s}.deliveries d SET stage = 2, token = $4 # ((d.seq << 20) | d.subscription), \
           claimed_at = now.at, lease_end = now.at + $3, worker = $2, fresh = d.started_at IS NULL, \
           started_at = coalesce(d.started_at, now.at) \
           FROM picked p CROSS JOIN now JOIN {s}.events e ON e.seq = p.seq \
-          WHERE d.seq = p.seq AND d.subscription = p.subscription AND d.stage = 0 \
+          WHERE d.seq = p.seq AND d.subscription = p.subscription \
           RETURNING {event}, d.subscription, d.token, d.tries, d.infra, d.number, d.replay, d.fresh, d.alone), \
          begun AS (UPDATE {s}.progress p SET begun = p.begun + b.count FROM (SELECT seq, count(*) AS count \
           FROM leased WHERE fresh AND NOT alone GROUP BY seq ORDER BY seq) b WHERE p.seq = b.seq) "
@@ -43,19 +45,22 @@ macro_rules! lease {
 }
 
 /// Leases the oldest ready deliveries of subscriptions, unless some of theirs have become due or were lost: `$5` the
-/// subscriptions, `$6` the room for each, and `$7` whether to lease all the same.
+/// subscriptions, `$6` the room for each, `$7` where each begins, `$8` whether to look at each for what is due or lost,
+/// and `$9` whether to lease all the same.
 const LEASE_OLDEST: &str = concat!(
     quiet_now!(),
-    ", wants AS MATERIALIZED (SELECT * FROM unnest($5::int[], $6::bigint[]) AS w(subscription, room)), \
+    ", wants AS MATERIALIZED (SELECT * FROM unnest($5::int[], $6::bigint[], $7::bigint[], $8::bool[]) \
+      AS w(subscription, room, floor, looks)), \
      looks AS MATERIALIZED (SELECT \
       (SELECT min(d.due) FROM {s}.deliveries d WHERE d.subscription = w.subscription AND d.stage = 1) AS due, \
       (SELECT min(d.lease_end) FROM {s}.deliveries d WHERE d.subscription = w.subscription AND d.stage = 2) AS lease_end \
-      FROM wants w), \
+      FROM wants w WHERE w.looks), \
      look AS MATERIALIZED (SELECT min(due) AS due, min(lease_end) AS lease_end FROM looks), \
-     gate AS MATERIALIZED (SELECT $7 OR (coalesce(due > at, true) AND coalesce(lease_end > at, true)) AS is_open \
+     gate AS MATERIALIZED (SELECT $9 OR (coalesce(due > at, true) AND coalesce(lease_end > at, true)) AS is_open \
       FROM look CROSS JOIN now), \
      picked AS MATERIALIZED (SELECT r.seq, r.subscription FROM wants w CROSS JOIN LATERAL (\
-      SELECT c.seq, c.subscription FROM {s}.deliveries c WHERE c.subscription = w.subscription AND c.stage = 0 \
+      SELECT c.seq, c.subscription FROM {s}.deliveries c \
+      WHERE c.subscription = w.subscription AND c.seq >= w.floor AND c.stage = 0 \
       ORDER BY c.seq LIMIT CASE WHEN (SELECT is_open FROM gate) THEN w.room ELSE 0 END FOR UPDATE SKIP LOCKED) r)",
     lease!(),
     "SELECT now.at, look.due, look.lease_end, x.* FROM look CROSS JOIN now LEFT JOIN leased x ON true"
@@ -112,7 +117,7 @@ const RENEW: &str = concat!(
     quiet_now!(),
     " UPDATE {s}.deliveries d SET lease_end = now.at + $2 FROM now CROSS JOIN \
       unnest($3::bigint[], $4::int[], $5::bigint[]) AS i(seq, subscription, token) \
-      WHERE d.seq = i.seq AND d.subscription = i.subscription AND d.stage = 2 AND d.token = i.token \
+      WHERE d.seq = i.seq AND d.subscription = i.subscription AND d.token = i.token \
       RETURNING d.seq, d.subscription, d.token"
 );
 
@@ -138,6 +143,20 @@ impl Look {
 
 /// The names of subscriptions by their numbers.
 type Names = HashMap<i32, Arc<str>>;
+
+/// What is asked of one subscription.
+struct Ask<'r> {
+    number: i32,
+    want: &'r Want,
+    reach: Reach,
+}
+
+impl Ask<'_> {
+    /// How much of it is leased without regard to keys.
+    fn room(&self) -> i64 {
+        if self.want.ordering == Ordering::Key { 0 } else { limit(self.want.room) }
+    }
+}
 
 impl Store {
     /// Leases what is ready.
@@ -170,6 +189,43 @@ impl Store {
         }
     }
 
+    /// How far to reach for each want, and what [`keep`](Self::keep) needs.
+    fn asks<'r>(&self, request: &'r ClaimRequest, numbers: &Numbers) -> (u64, Vec<Ask<'r>>) {
+        let (fronts, now, store_now) = (self.fronts(), Instant::now(), self.now());
+        let ask = |want: &'r Want| {
+            let number = *numbers.get(&want.subscription)?;
+            Some(Ask { number, want, reach: fronts.reach(number, now, store_now) })
+        };
+        (fronts.generation(), request.wants.iter().filter_map(ask).collect())
+    }
+
+    /// Deliveries of these subscriptions have become ready.
+    fn forget_fronts(&self, subscriptions: impl Iterator<Item = i32>) -> u64 {
+        let mut fronts = self.fronts();
+        fronts.forget(subscriptions);
+        fronts.generation()
+    }
+
+    /// Remembers how far the ready deliveries were leased.
+    fn keep(&self, generation: u64, began: Instant, look: &Look, own: i64, asks: &[Ask<'_>], leases: &[Lease]) {
+        let mut leased: HashMap<&str, (i64, i64)> = HashMap::new();
+        for lease in leases {
+            let (count, highest) = leased.entry(&lease.key.subscription).or_default();
+            (*count, *highest) = (*count + 1, (*highest).max(signed(lease.key.seq)));
+        }
+        let mut fronts = self.fronts();
+        for ask in asks {
+            let leased = leased.get(&*ask.want.subscription);
+            let (last, is_full) = (leased.map(|&(_, highest)| highest), leased.map_or(0, |one| one.0) >= ask.room());
+            let known = if ask.reach.looks { [look.due, look.lease_end] } else { [ask.reach.next, None] };
+            // In the order of keys more is leased afterwards.
+            let leases_more = last.is_some() || ask.want.ordering == Ordering::Key;
+            let next = known.into_iter().flatten().chain(leases_more.then_some(own)).min();
+            let seen = Seen { subscription: ask.number, reach: ask.reach, last, is_full, next };
+            fronts.keep(generation, began, look.now, seen);
+        }
+    }
+
     /// A statement that leases, with the first four parameters.
     fn leasing<'q>(&self, text: &str, request: &'q ClaimRequest) -> Statement<'q> {
         let salt = signed(rand::random::<u64>() >> 1);
@@ -182,20 +238,27 @@ impl Session<'_> {
     async fn claim(&mut self, request: &ClaimRequest) -> Step<Claimed> {
         let numbers = self.numbers(request.wants.iter().map(|want| &want.subscription)).await?;
         let names: Names = numbers.iter().map(|(name, &number)| (number, Arc::clone(name))).collect();
+        let (mut generation, mut asks) = self.store.asks(request, &numbers);
         let mut claimed = Claimed::default();
-        let mut look = self.lease_oldest(request, &numbers, &names, false, &mut claimed.leases).await?;
+        let mut began = Instant::now();
+        let mut look = self.lease_oldest(request, &asks, &names, false, &mut claimed.leases).await?;
         if look.is_past() {
             claimed.lost = self.catch_up(&numbers, &names).await?;
-            look = self.lease_oldest(request, &numbers, &names, true, &mut claimed.leases).await?;
+            generation = self.store.forget_fronts(numbers.values().copied());
+            asks.iter_mut().for_each(|ask| ask.reach = Reach::FULL);
+            began = Instant::now();
+            look = self.lease_oldest(request, &asks, &names, true, &mut claimed.leases).await?;
         }
+        let own = look.now.saturating_add(as_micros(request.lease));
+        self.store.keep(generation, began, &look, own, &asks, &claimed.leases);
         for want in request.wants.iter().filter(|want| want.ordering == Ordering::Key && want.room > 0) {
             if let Some(&number) = numbers.get(&want.subscription) {
                 self.lease_heads(request, want, number, &names, &mut claimed.leases).await?;
             }
         }
         claimed.leases.sort_by(|a, b| (&a.key.subscription, a.key.seq).cmp(&(&b.key.subscription, b.key.seq)));
-        let own = (!claimed.leases.is_empty()).then(|| look.now.saturating_add(as_micros(request.lease)));
-        let next = [look.due, look.lease_end, own].into_iter().flatten().min();
+        let own = (!claimed.leases.is_empty()).then_some(own);
+        let next = asks.iter().map(|ask| ask.reach.next).chain([look.due, look.lease_end, own]).flatten().min();
         claimed.next_due = next.map(|at| Duration::from_micros(unsigned(at.saturating_sub(look.now))));
         Ok(claimed)
     }
@@ -204,16 +267,19 @@ impl Session<'_> {
     async fn lease_oldest(
         &mut self,
         request: &ClaimRequest,
-        numbers: &Numbers,
+        asks: &[Ask<'_>],
         names: &Names,
         all_the_same: bool,
         leases: &mut Vec<Lease>,
     ) -> Step<Look> {
-        let room = |want: &Want| if want.ordering == Ordering::Key { 0 } else { limit(want.room) };
-        let wants = request.wants.iter();
-        let (subscriptions, rooms): (Vec<i32>, Vec<i64>) =
-            wants.filter_map(|want| Some((*numbers.get(&want.subscription)?, room(want)))).unzip();
-        let statement = self.store.leasing(LEASE_OLDEST, request).bind(subscriptions).bind(rooms).bind(all_the_same);
+        let statement = self
+            .store
+            .leasing(LEASE_OLDEST, request)
+            .bind(asks.iter().map(|ask| ask.number).collect::<Vec<_>>())
+            .bind(asks.iter().map(Ask::room).collect::<Vec<_>>())
+            .bind(asks.iter().map(|ask| ask.reach.floor).collect::<Vec<_>>())
+            .bind(asks.iter().map(|ask| ask.reach.looks).collect::<Vec<_>>())
+            .bind(all_the_same);
         let rows = self.rows(statement).await?;
         read_leases(&rows, names, leases)?;
         Ok(Look::read(rows.first().ok_or(sqlx::Error::RowNotFound)?)?)

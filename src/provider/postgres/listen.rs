@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use sqlx::Executor as _;
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPool, PgPoolOptions};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
+use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use super::hint::Mouth;
@@ -25,6 +26,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long our own hint may take to come back. Behind a pooler that shares connections it never does.
 const PROBE: Duration = Duration::from_secs(1);
+
+/// How long opening a store waits to know whether hints are heard. It does not fail when they are not.
+const KNOWN: Duration = Duration::from_secs(3);
 
 /// Whether hints are heard.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -60,6 +64,35 @@ pub(super) struct Ears {
     pub(super) generation: u64,
 }
 
+/// What a store has to hear of others and be heard of. Ends when the store is closed or dropped.
+pub(super) struct Relay {
+    /// Told of every write, so that other processes are.
+    pub(super) written: Arc<Notify>,
+    pub(super) ears: watch::Receiver<Ears>,
+    /// Whether hints were heard when the store was opened.
+    pub(super) is_told: bool,
+    tasks: [AbortHandle; 2],
+}
+
+impl Relay {
+    /// Begins to listen and to tell, and waits a moment to know whether hints come through.
+    pub(super) async fn start(pool: &PgPool, schema: &str, wake: &watch::Sender<u64>) -> Self {
+        let (written, mouth) = (Arc::new(Notify::new()), Mouth::new(pool.clone(), schema));
+        let (told, mut ears) = watch::channel(Ears::default());
+        let ear = Ear { mouth: mouth.clone(), wake: wake.clone(), ears: told };
+        let tasks = [tokio::spawn(ear.run()), tokio::spawn(mouth.run(Arc::clone(&written)))];
+        let known = ears.wait_for(|ears| ears.hearing != Hearing::Starting);
+        let is_told = matches!(timeout(KNOWN, known).await, Ok(Ok(ears)) if ears.hearing == Hearing::Listening);
+        Self { written, ears, is_told, tasks: tasks.map(|task| task.abort_handle()) }
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(AbortHandle::abort);
+    }
+}
+
 /// Why there is nobody listening.
 enum Failure {
     Away(sqlx::Error),
@@ -74,15 +107,15 @@ impl From<sqlx::Error> for Failure {
 }
 
 /// Listens for a store.
-pub(super) struct Ear {
-    pub(super) mouth: Mouth,
-    pub(super) wake: watch::Sender<u64>,
-    pub(super) ears: watch::Sender<Ears>,
+struct Ear {
+    mouth: Mouth,
+    wake: watch::Sender<u64>,
+    ears: watch::Sender<Ears>,
 }
 
 impl Ear {
     /// Listens until the store is closed.
-    pub(super) async fn run(self) {
+    async fn run(self) {
         // Also while it waits to connect again.
         drop(self.mouth.pool.close_event().do_until(self.listen()).await);
         self.becomes(Hearing::Away);

@@ -3,12 +3,13 @@
 //! An inbox that anybody may write to in his own transaction, a log in which every event stands once, and narrow
 //! deliveries that are leased with SKIP LOCKED. `seq` is given out under the lock of one row, so it follows the order
 //! of commits. Almost every call is one statement over all it is about. Nothing is kept here that the database does not
-//! have, but the numbers of subscriptions, which never change. One connection listens for hints of other processes; nothing
-//! depends on them.
+//! have, but the numbers of subscriptions, which never change, and a guess of where ready deliveries begin. One
+//! connection listens for hints of other processes; nothing depends on them.
 
 mod append;
 mod claim;
 mod documents;
+mod front;
 mod hint;
 mod listen;
 mod names;
@@ -23,7 +24,7 @@ mod trouble;
 mod watch;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -31,13 +32,11 @@ use bytes::Bytes;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::PgPool;
-use tokio::sync::{Notify, watch as channel};
-use tokio::task::AbortHandle;
-use tokio::time::timeout;
+use tokio::sync::watch as channel;
 
 use self::append::Numbers;
-use self::hint::Mouth;
-use self::listen::{Ear, Ears, Hearing};
+use self::front::Fronts;
+use self::listen::Relay;
 use self::trouble::{Step, Turns};
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
@@ -118,16 +117,6 @@ impl Options {
 /// The store in a PostgreSQL database.
 pub struct PostgresProvider {
     store: Arc<Store>,
-    _tasks: Tasks,
-}
-
-/// What goes on beside calls. A close ends it, and so does a store that is dropped.
-struct Tasks([AbortHandle; 2]);
-
-impl Drop for Tasks {
-    fn drop(&mut self) {
-        self.0.iter().for_each(AbortHandle::abort);
-    }
 }
 
 /// What every call needs.
@@ -146,21 +135,14 @@ struct Store {
     clock: Option<Clock>,
     /// The numbers of subscriptions.
     names: Mutex<Numbers>,
+    fronts: Mutex<Fronts>,
     wake: channel::Sender<u64>,
-    /// Told of every write, so that other processes are.
-    written: Arc<Notify>,
-    /// How it stands with hearing of theirs.
-    ears: channel::Receiver<Ears>,
-    /// Whether that was heard when the store was opened.
-    is_told: bool,
+    relay: Relay,
     is_closed: AtomicBool,
 }
 
 /// How much longer than the server this side waits, so that the server's word comes first.
 const SLACK: Duration = Duration::from_secs(5);
-
-/// How long opening waits to know whether hints of other processes are heard. It does not fail when they are not.
-const LISTENS_WITHIN: Duration = Duration::from_secs(3);
 
 /// How long a close waits for calls in progress.
 const GRACE: Duration = Duration::from_secs(10);
@@ -186,33 +168,13 @@ impl PostgresProvider {
         let open::Opened { pool, schema, place, server } = open::open(&options).await?;
         let limit = options.statement_timeout.saturating_add(SLACK);
         let every = options.poll_interval.max(Duration::from_millis(1));
-        let (names, wake, is_closed) = (Mutex::default(), channel::Sender::new(0), AtomicBool::new(false));
-        let (written, mouth) = (Arc::new(Notify::new()), Mouth::new(pool.clone(), &options.schema));
-        let (told, mut ears) = channel::channel(Ears::default());
-        let ear = Ear { mouth: mouth.clone(), wake: wake.clone(), ears: told };
-        let tasks = [tokio::spawn(ear.run()), tokio::spawn(mouth.run(Arc::clone(&written)))];
-        let tasks = Tasks(tasks.map(|task| task.abort_handle()));
-        let known = ears.wait_for(|ears| ears.hearing != Hearing::Starting);
-        let is_told =
-            matches!(timeout(LISTENS_WITHIN, known).await, Ok(Ok(ears)) if ears.hearing == Hearing::Listening);
-        let store = Store {
-            pool,
-            schema,
-            place,
-            server,
-            limit,
-            clock,
-            names,
-            wake,
-            written,
-            ears,
-            is_told,
-            is_closed,
-            options,
-        };
+        let (names, fronts) = (Mutex::default(), Mutex::default());
+        let (wake, is_closed) = (channel::Sender::new(0), AtomicBool::new(false));
+        let relay = Relay::start(&pool, &options.schema, &wake).await;
+        let store = Store { pool, schema, place, server, limit, clock, names, fronts, wake, relay, is_closed, options };
         let store = Arc::new(store);
         tokio::spawn(watch::run(Arc::downgrade(&store), every));
-        Ok(Self { store, _tasks: tasks })
+        Ok(Self { store })
     }
 
     /// Runs a call unless the store is closed, and puts what went wrong into words.
@@ -238,6 +200,11 @@ impl Store {
         if self.is_closed.load(Ordering::Acquire) { Err(Error::Stopped("provider")) } else { Ok(()) }
     }
 
+    /// What is remembered of where ready deliveries begin.
+    fn fronts(&self) -> MutexGuard<'_, Fronts> {
+        self.fronts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The time, where it is not the server's.
     fn now(&self) -> Option<i64> {
         self.clock.as_ref().map(|clock| clock())
@@ -254,7 +221,7 @@ impl Provider for PostgresProvider {
             shared: true,
             transactions: true,
             key_ordering: true,
-            push: self.store.is_told,
+            push: self.store.relay.is_told,
         }
     }
 

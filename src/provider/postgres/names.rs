@@ -30,6 +30,11 @@ impl Store {
         (numbers, missing)
     }
 
+    /// The number of a subscription that was looked up before.
+    pub(super) fn number(&self, name: &str) -> Option<i32> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).get(name).copied()
+    }
+
     fn remember(&self, found: &Numbers) {
         let mut remembered = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         remembered.extend(found.iter().map(|(name, &number)| (Arc::clone(name), number)));

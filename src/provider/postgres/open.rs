@@ -22,6 +22,9 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// A connection that has not been used for this long is tried before it is used.
 const STALE: Duration = Duration::from_secs(1);
 
+/// How long to leave a server alone that is still starting.
+const STARTING: Duration = Duration::from_millis(100);
+
 /// The longest name that PostgreSQL does not cut.
 const MAX_NAME: usize = 63;
 
@@ -54,14 +57,17 @@ pub(super) async fn open(options: &Options) -> Result<Opened> {
     let schema = quoted(&options.schema)?;
     let (connect, place) = connect_options(options)?;
     let refused = |error| refusal(&place, &options.schema, error);
-    let connecting = tokio::time::timeout(options.acquire_timeout, connect.connect());
+    let connecting = tokio::time::timeout(options.acquire_timeout, reach(&connect));
     let late = || {
         let words = "the server did not answer within postgres.acquire_timeout: check address, port and firewall";
         Error::store("postgres", format!("connect to {place}"), words)
     };
     let mut connection = connecting.await.map_err(|_| late())?.map_err(refused)?;
     let preparing = async {
-        let server = look(&mut connection, &place).await?;
+        // In a transaction, so that a pooler leaves us on one connection.
+        let mut tx = connection.begin().await.map_err(refused)?;
+        let server = look(&mut tx, &place).await?;
+        tx.commit().await.map_err(refused)?;
         migrate(&mut connection, options, &schema, &place).await?;
         Ok::<_, Error>(server)
     };
@@ -70,6 +76,18 @@ pub(super) async fn open(options: &Options) -> Result<Opened> {
     // Whether the server hears the goodbye makes no difference.
     drop(tokio::time::timeout(Duration::from_secs(5), connection.close()).await);
     Ok(Opened { pool: pool(options, connect), schema, place, server })
+}
+
+/// Connects, and waits for a server that is still starting.
+async fn reach(connect: &PgConnectOptions) -> sqlx::Result<PgConnection> {
+    loop {
+        let answer = connect.connect().await;
+        let code = answer.as_ref().err().and_then(sqlx::Error::as_database_error).and_then(|error| error.code());
+        if code.as_deref() != Some("57P03") {
+            return answer;
+        }
+        tokio::time::sleep(STARTING).await;
+    }
 }
 
 fn pool(options: &Options, connect: PgConnectOptions) -> PgPool {
@@ -207,12 +225,12 @@ async fn stand(connection: &mut PgConnection, schema: &str, quoted: &str) -> sql
 async fn migrate(connection: &mut PgConnection, options: &Options, quoted: &str, place: &str) -> Result<()> {
     let (schema, failed) = (options.schema.as_str(), |error| refusal(place, &options.schema, error));
     // The common case takes no lock and needs no permission to change anything.
-    if let Stand::Version(version) = stand(connection, schema, quoted).await.map_err(failed)?
+    let mut tx = connection.begin().await.map_err(failed)?;
+    if let Stand::Version(version) = stand(&mut tx, schema, quoted).await.map_err(failed)?
         && check(version, schema, place)?
     {
-        return Ok(());
+        return tx.commit().await.map_err(failed);
     }
-    let mut tx = connection.begin().await.map_err(failed)?;
     let lock = "SELECT pg_advisory_xact_lock(hashtextextended('tidegate migrate ' || $1, 0))";
     sqlx::query(lock).bind(schema).persistent(false).execute(&mut *tx).await.map_err(failed)?;
     let done = match stand(&mut tx, schema, quoted).await.map_err(failed)? {

@@ -74,7 +74,9 @@ impl Store {
         loop {
             let mut session = self.session().await?;
             let result = session.amend(amendment).await;
-            if let Some(result) = turns.judge(session.finish(result).await) {
+            let result = session.finish(result).await;
+            self.fronts().forget_all();
+            if let Some(result) = turns.judge(result) {
                 return result;
             }
         }

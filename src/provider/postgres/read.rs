@@ -120,7 +120,7 @@ impl Store {
             floor_seq: figure(1)? + 1,
             provider_specific: serde_json::Map::new(),
         };
-        let ears = *self.ears.borrow();
+        let ears = *self.relay.ears.borrow();
         let specific = [
             ("server", self.place.clone().into()),
             ("server_version", self.server.clone().into()),

@@ -52,8 +52,11 @@ const NOW: &str = "coalesce($1::bigint, (extract(epoch FROM clock_timestamp()) *
 impl Session<'_> {
     /// All rows that a statement answers.
     pub(super) async fn rows(&mut self, statement: Statement<'_>) -> Step<Vec<PgRow>> {
+        let is_single = self.begin_single().await?;
         let fetched = timeout(self.limit, statement.fetch_all(&mut *self.connection)).await;
-        Ok(fetched.map_err(|_| Trouble::Late(self.limit))??)
+        let rows = fetched.map_err(|_| Trouble::Late(self.limit))??;
+        self.commit_single(is_single).await?;
+        Ok(rows)
     }
 
     /// The one row that a statement answers.
@@ -63,8 +66,25 @@ impl Session<'_> {
 
     /// How many rows a statement changed.
     pub(super) async fn execute(&mut self, statement: Statement<'_>) -> Step<u64> {
+        let is_single = self.begin_single().await?;
         let executed = timeout(self.limit, statement.execute(&mut *self.connection)).await;
-        Ok(executed.map_err(|_| Trouble::Late(self.limit))??.rows_affected())
+        let changed = executed.map_err(|_| Trouble::Late(self.limit))??.rows_affected();
+        self.commit_single(is_single).await?;
+        Ok(changed)
+    }
+
+    /// What is not prepared for good is prepared and executed in two steps. A pooler must not take the server away in
+    /// between, and it does not within a transaction.
+    async fn begin_single(&mut self) -> Step<bool> {
+        let is_single = !self.store.options.prepared && !self.in_transaction;
+        if is_single {
+            self.begin().await?;
+        }
+        Ok(is_single)
+    }
+
+    async fn commit_single(&mut self, is_single: bool) -> Step<()> {
+        if is_single { self.commit().await } else { Ok(()) }
     }
 
     /// Executes text without parameters, several statements at once if need be.

@@ -16,9 +16,12 @@ use super::{Store, Turns};
 use crate::delivery::{Attempt, Next, Verdict};
 use crate::provider::{Append, Settled, Settlement};
 
+// Only a lease has a token. That it is one is not said beside: the server would take it as leave to go through all leases,
+// where the key of the row leads to it at once.
+
 const HELD: &str = "SELECT d.seq, d.subscription, d.token FROM unnest($1::bigint[], $2::int[], $3::bigint[]) \
     AS i(seq, subscription, token) JOIN {s}.deliveries d ON d.seq = i.seq AND d.subscription = i.subscription \
-    WHERE d.stage = 2 AND d.token = i.token ORDER BY d.seq, d.subscription FOR UPDATE OF d";
+    WHERE d.token = i.token ORDER BY d.seq, d.subscription FOR UPDATE OF d";
 
 /// Ends leases that are held, records the attempts, and counts what that means for events with several deliveries.
 /// Answers with the leases that were held, and then with how many deliveries of such events are open.
@@ -31,7 +34,7 @@ const END: &str = "WITH now AS MATERIALIZED (SELECT {now} AS at), \
         FROM now CROSS JOIN unnest($2::bigint[], $3::int[], $4::bigint[], $5::smallint[], $6::bigint[], $7::smallint[], \
         $8::int[], $9::smallint[], $10::text[], $11::text[]) WITH ORDINALITY \
         AS i(seq, subscription, token, stage, delay, cost, number, verdict, digest, record, n) \
-        WHERE d.seq = i.seq AND d.subscription = i.subscription AND d.stage = 2 AND d.token = i.token \
+        WHERE d.seq = i.seq AND d.subscription = i.subscription AND d.token = i.token \
         RETURNING d.seq, d.subscription, d.stage, d.alone, d.fresh, i.cost, i.number, i.verdict, i.digest, i.record, i.n), \
     recorded AS (INSERT INTO {s}.attempts (seq, subscription, number, verdict, digest, record) \
         SELECT seq, subscription, number, verdict, digest, record FROM ended WHERE record IS NOT NULL), \
@@ -128,9 +131,22 @@ impl Store {
         loop {
             let mut session = self.session().await?;
             let result = session.settle(batch, turns.careful).await;
-            if let Some(result) = turns.judge(session.finish(result).await) {
+            let result = session.finish(result).await;
+            self.forget_reopened(batch);
+            if let Some(result) = turns.judge(result) {
                 return result;
             }
+        }
+    }
+
+    /// What waits for another attempt may be behind where claims begin.
+    fn forget_reopened(&self, batch: &[Settlement]) {
+        let is_open = |settlement: &&Settlement| matches!(settlement.next, Next::Release | Next::Retry { .. });
+        let reopened: HashSet<&str> =
+            batch.iter().filter(is_open).map(|settlement| &*settlement.key.subscription).collect();
+        if !reopened.is_empty() {
+            let numbers: Vec<i32> = reopened.into_iter().filter_map(|name| self.number(name)).collect();
+            self.fronts().forget(numbers);
         }
     }
 }

@@ -191,6 +191,29 @@ async fn two_instances_wake_each_other() {
     assert_eq!(claim(&there, 9).await.len(), 1);
 }
 
+/// A claim begins where the last one ended, but not for ever.
+#[tokio::test]
+async fn what_another_instance_gives_back_is_found() {
+    let schema = Schema::new();
+    let (here, there) = (schema.provider().await, schema.provider().await);
+    here.append(appends(6)).await.unwrap();
+    let theirs = claim(&there, 3).await;
+    assert_eq!(claim(&here, 9).await.len(), 3);
+    let release = |lease: &Lease| Settlement { attempt: None, ..ended(lease, Next::Release) };
+    there.settle(theirs.iter().map(release).collect()).await.unwrap();
+    here.append(appends(1)).await.unwrap();
+    let finding = async {
+        let mut found = Vec::new();
+        while found.len() < 4 {
+            found.extend(claim(&here, 2).await.iter().map(|lease| lease.key.seq));
+        }
+        found
+    };
+    let mut found = tokio::time::timeout(Duration::from_secs(30), finding).await.unwrap();
+    found.sort_unstable();
+    assert_eq!(found, [1, 2, 3, 7]);
+}
+
 /// However much of what is ready waits for one key, the heads of others are found.
 #[tokio::test]
 async fn a_long_line_behind_one_key_hides_nobody() {

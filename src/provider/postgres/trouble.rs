@@ -50,9 +50,12 @@ impl Trouble {
             Self::Taken | Self::Crossed(_) | Self::Refused(_) => true,
             Self::Late(_) => false,
             Self::Store(error) => {
-                // Class 57 is the server going away or ending this very session.
+                // The server goes away or ends this very session, or became a standby: another connection may lead to
+                // the new primary.
                 let code = error.as_database_error().and_then(|error| error.code());
-                code.is_some_and(|code| !code.starts_with("57P") && !code.starts_with("08") && code != "25P03")
+                code.is_some_and(|code| {
+                    !code.starts_with("57P") && !code.starts_with("08") && code != "25P03" && code != "25006"
+                })
             }
         }
     }

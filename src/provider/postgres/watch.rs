@@ -19,7 +19,7 @@ impl Store {
     /// Something was written by this process.
     pub(super) fn wrote(&self) {
         self.tick();
-        self.written.notify_one();
+        self.relay.written.notify_one();
     }
 
     async fn look(&self) -> Step<(i64, bool)> {

@@ -9,7 +9,7 @@ use std::os::unix::fs::{MetadataExt as _, chown};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,7 +43,7 @@ pub(crate) struct Postgres {
     binaries: PathBuf,
     user: Option<(u32, u32)>,
     folder: PathBuf,
-    port: u16,
+    port: AtomicU16,
     fsync: Fsync,
     running: Mutex<Option<Running>>,
 }
@@ -112,14 +112,25 @@ impl Postgres {
         if let Some((uid, gid)) = user {
             chown(&folder, Some(uid), Some(gid)).expect("a folder of the server's own");
         }
-        let server = Self { binaries: binaries(), user, folder, port: free_port(), fsync, running: Mutex::new(None) };
+        let server = Self {
+            binaries: binaries(),
+            user,
+            folder,
+            port: AtomicU16::new(free_port()),
+            fsync,
+            running: Mutex::new(None),
+        };
         let data = server.folder.join("data").display().to_string();
         let mut initdb = server.command("initdb");
         initdb.args(["-D", &data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]);
         checked(initdb.output().expect("initdb"), "initdb");
         server.guard("guarded");
-        server.run();
+        server.run_on(|| server.port.store(free_port(), Ordering::Relaxed));
         server
+    }
+
+    fn port(&self) -> u16 {
+        self.port.load(Ordering::Relaxed)
     }
 
     /// Asks this user for a password, unlike all others.
@@ -144,6 +155,11 @@ impl Postgres {
 
     /// Starts the server, again after [`kill`](Self::kill), and waits until it answers.
     pub(crate) fn run(&self) {
+        self.run_on(|| {});
+    }
+
+    /// Starts the server until it stays; `otherwise` before each time but the first.
+    fn run_on(&self, otherwise: impl Fn()) {
         let until = Instant::now() + PATIENCE;
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -160,13 +176,15 @@ impl Postgres {
             release(spawned, "keep\n");
             assert!(Instant::now() < until, "PostgreSQL does not start: {}", self.log());
             std::thread::sleep(Duration::from_millis(100));
+            // Somebody else may have taken the port meanwhile.
+            otherwise();
         }
     }
 
     fn spawn(&self) -> Running {
         let (on, folder) = (self.fsync == Fsync::On, self.folder.display().to_string());
         let settings = [
-            format!("port={}", self.port),
+            format!("port={}", self.port()),
             "listen_addresses=127.0.0.1".to_owned(),
             format!("unix_socket_directories={folder}"),
             format!("fsync={}", if on { "on" } else { "off" }),
@@ -179,7 +197,8 @@ impl Postgres {
         shell.args(["-c", GUARD, "guard", &folder]).arg(self.binaries.join("postgres"));
         shell.arg("-D").arg(self.folder.join("data"));
         shell.args(settings.iter().flat_map(|setting| ["-c", setting.as_str()]));
-        let mut shell = shell.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a shell");
+        let mut shell =
+            shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("a shell");
         let mut line = String::new();
         let out = shell.stdout.as_mut().expect("the shell's output");
         BufReader::new(out).read_line(&mut line).expect("the server's process id");
@@ -188,7 +207,7 @@ impl Postgres {
 
     fn is_ready(&self) -> bool {
         let mut command = self.command("pg_isready");
-        command.args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string(), "-t", "5"]);
+        command.args(["-q", "-h", "127.0.0.1", "-p", &self.port().to_string(), "-t", "5"]);
         command.status().is_ok_and(|status| status.success())
     }
 
@@ -207,7 +226,7 @@ impl Postgres {
 
     /// The URL of a database as the superuser, over TCP.
     pub(crate) fn url(&self, database: &str) -> String {
-        format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
+        format!("postgres://postgres@127.0.0.1:{}/{database}", self.port())
     }
 
     /// A name that no other test of this server uses.
