@@ -124,6 +124,7 @@ struct Families {
     fuel: Histograms<PluginLabels>,
     store_time: Histograms<OperationLabels>,
     batch_size: Histograms<OperationLabels>,
+    feed: FeedMetrics,
 }
 
 impl Families {
@@ -145,6 +146,7 @@ impl Families {
             fuel: Family::new_with_constructor(fuels),
             store_time: Family::new_with_constructor(seconds),
             batch_size: Family::new_with_constructor(sizes),
+            feed: FeedMetrics::default(),
         };
         let f = &families;
         registry.register("eventbroker_events_published", "Events acknowledged", f.published.clone());
@@ -183,6 +185,7 @@ impl Families {
         registry.register("tidegate_guest_fuel", "Fuel used by an attempt", f.fuel.clone());
         registry.register("tidegate_store_seconds", "Time of a store operation", f.store_time.clone());
         registry.register("tidegate_store_batch_size", "Entries of a store operation", f.batch_size.clone());
+        f.feed.register(registry);
         families
     }
 
@@ -286,6 +289,12 @@ impl Metrics {
     #[must_use]
     pub fn refused(&self) -> &Counter<u64, AtomicU64> {
         &self.inner.families.refused
+    }
+
+    /// The figures of the feed.
+    #[must_use]
+    pub fn feed(&self) -> &FeedMetrics {
+        &self.inner.families.feed
     }
 
     /// Settlements refused because the lease was no longer held.
@@ -411,6 +420,32 @@ impl OperationMetrics {
     pub fn observe(&self, time: Duration, entries: usize) {
         self.time.observe(time.as_secs_f64());
         self.batch.observe(entries as f64);
+    }
+}
+
+/// Figures of the feed. A clone shares its counts.
+#[derive(Clone, Default)]
+pub struct FeedMetrics {
+    /// Clients that follow the feed in this process.
+    pub clients: Gauge,
+    /// Resets told to clients.
+    pub resets: Counter,
+    /// Clients that fell out of what is kept in memory and read on in the log.
+    pub lagged: Counter,
+    /// How many events the client that is furthest behind has not got.
+    pub lag: Gauge,
+}
+
+impl FeedMetrics {
+    fn register(&self, registry: &mut Registry) {
+        registry.register("tidegate_feed_clients", "Clients that follow the feed", self.clients.clone());
+        registry.register("tidegate_feed_resets", "Resets told to clients of the feed", self.resets.clone());
+        registry.register("tidegate_feed_lagged", "Clients of the feed moved back to the log", self.lagged.clone());
+        registry.register(
+            "tidegate_feed_lag",
+            "Events that the client of the feed furthest behind has not got",
+            self.lag.clone(),
+        );
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
-use reqwest::{Method, Url};
+use reqwest::{Method, RequestBuilder, Response, Url};
 use serde::{Deserialize, Serialize};
 
 use super::exit::Usage;
@@ -105,20 +105,52 @@ impl Client {
         body: Option<Vec<u8>>,
         patience: Duration,
     ) -> Result<Bytes> {
-        let mut request = self.http.request(method, self.address(path, query)).timeout(ANSWER + patience);
-        if let Some(token) = &self.token {
-            request = request.bearer_auth(token);
-        }
+        let mut request = self.request(method, path, query).timeout(ANSWER + patience);
         if let Some(body) = body {
             request = request.header("content-type", "application/json").body(body);
         }
-        let unreachable = |source| ClientError::Unreachable { url: self.base.to_string(), source };
-        let answer = request.send().await.map_err(unreachable)?;
-        let status = answer.status();
-        let bytes = answer.bytes().await.map_err(unreachable)?;
-        if status.is_success() {
-            return Ok(bytes);
+        let answer = self.answer(request).await?;
+        Ok(answer.bytes().await.map_err(|source| self.unreachable(source))?)
+    }
+
+    /// GETs what has no end, from the place that an earlier stream of it got to. The server answers in time or not at
+    /// all; how long it may be silent afterwards is the reader's matter.
+    pub(super) async fn stream(
+        &self,
+        path: &[&str],
+        query: &[(&str, Option<String>)],
+        place: Option<&str>,
+    ) -> Result<Response> {
+        let mut request = self.request(Method::GET, path, query).header("accept", "text/event-stream");
+        if let Some(place) = place {
+            request = request.header("last-event-id", place);
         }
+        match tokio::time::timeout(ANSWER, self.answer(request)).await {
+            Ok(answer) => answer,
+            Err(_) => anyhow::bail!("{} did not answer within {ANSWER:?}", self.base),
+        }
+    }
+
+    fn request(&self, method: Method, path: &[&str], query: &[(&str, Option<String>)]) -> RequestBuilder {
+        let request = self.http.request(method, self.address(path, query));
+        match &self.token {
+            Some(token) => request.bearer_auth(token),
+            None => request,
+        }
+    }
+
+    fn unreachable(&self, source: reqwest::Error) -> ClientError {
+        ClientError::Unreachable { url: self.base.to_string(), source }
+    }
+
+    /// The head of an answer that is a success.
+    async fn answer(&self, request: RequestBuilder) -> Result<Response> {
+        let answer = request.send().await.map_err(|source| self.unreachable(source))?;
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(answer);
+        }
+        let bytes = answer.bytes().await.map_err(|source| self.unreachable(source))?;
         let problem = String::from_utf8_lossy(&bytes).into_owned();
         let detail = serde_json::from_slice::<Problem>(&bytes).map(|problem| problem.detail);
         let detail = detail.unwrap_or_else(|_| format!("{} answered {status}", self.base));

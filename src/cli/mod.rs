@@ -16,8 +16,10 @@ mod plugins;
 mod publish;
 mod replay;
 mod serve;
+mod sse;
 mod subscriptions;
 mod table;
+mod tail;
 mod view;
 
 use std::io::{self, Write as _};
@@ -47,6 +49,8 @@ enum Command {
     /// List events, or show one
     #[command(subcommand)]
     Events(events::Command),
+    /// Follow events as they come
+    Tail(tail::Args),
     /// List subscriptions, pause and resume them
     #[command(subcommand)]
     Subscriptions(subscriptions::Command),
@@ -85,6 +89,7 @@ impl Command {
             Self::Serve(_) => false,
             Self::Publish(args) => args.client.json,
             Self::Events(command) => command.client().json,
+            Self::Tail(args) => args.client.json,
             Self::Subscriptions(command) => command.client().json,
             Self::Dead(command) => command.client().json,
             Self::Replay(args) => args.client.json,
@@ -101,6 +106,7 @@ fn run(command: Command) -> Result<Exit> {
         Command::Serve(args) => serve::run(args),
         Command::Publish(args) => wait(publish::run(args)),
         Command::Events(command) => wait(events::run(command)),
+        Command::Tail(args) => wait(tail::run(args)),
         Command::Subscriptions(command) => wait(subscriptions::run(command)),
         Command::Dead(command) => wait(dead::run(command)),
         Command::Replay(args) => wait(replay::run(args)),

@@ -83,7 +83,7 @@ struct Body<'a> {
     content_type: Option<&'a str>,
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let parsed = text.parse::<jiff::SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok());
     parsed.ok_or_else(|| "must be a duration such as 5s or 500ms".to_owned())
 }

@@ -19,6 +19,7 @@ use super::print_line;
 use crate::broker::Broker;
 use crate::config::{Config, Log, LogFormat, ProviderUrl};
 use crate::error::Error;
+use crate::feed::Feed;
 use crate::host::{Folder, Host, Reloader};
 use crate::http::{Gate, Server, Services};
 use crate::metrics::Metrics;
@@ -89,13 +90,16 @@ async fn serve(config: Config) -> Result<Exit> {
     let provider = open_provider(&config).await?;
     gate.done(STORE);
     let (broker, service) = Broker::open(Arc::clone(&provider), config.broker.clone(), metrics.clone()).await?;
+    let (feed, tail) = Feed::new(Arc::clone(&provider), metrics.clone());
+    let (stop_feed, feed_stops) = watch::channel(false);
+    let tailing = tokio::spawn(tail.run(raised(feed_stops)));
     let (stop_following, following_stops) = watch::channel(false);
     let (plugins, following) = start_plugins(&config, &broker, metrics, following_stops).await?;
     gate.done(PLUGINS);
     let (host, reloader) = plugins.unzip();
     let greeting = greeting(&config, host.as_ref());
     tokio::spawn(reload_on(hangup, reloader.clone()));
-    gate.open(Services { broker, host, reloader });
+    gate.open(Services { broker, feed, host, reloader });
     let (stop_broker, broker_stops) = watch::channel(false);
     let mut working = tokio::spawn(service.run(raised(broker_stops)));
     gate.done(BROKER);
@@ -106,8 +110,11 @@ async fn serve(config: Config) -> Result<Exit> {
         ended = &mut working => Some(ended),
     };
     gate.wait(STOPPING);
+    // Streams would outlive every drain: they end first, and their clients come back to whoever serves next.
+    stop_feed.send_replace(true);
     close_edge.send_replace(true);
     edge.await.context("the HTTP edge broke")?;
+    tailing.await.context("the feed broke")?;
     stop_following.send_replace(true);
     following.await.context("the plugins' folder is followed no more")?;
     let ended = match early {

@@ -12,11 +12,11 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{delete, get, post};
 use futures_util::FutureExt as _;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::gate::{Gate, Services};
 use super::problem::Problem;
-use super::{Options, auth, dead_letters, events, plugins, replays, status, subscriptions};
+use super::{Options, auth, consumers, dead_letters, events, plugins, replays, status, stream, subscriptions};
 use crate::broker::Broker;
 use crate::metrics::Metrics;
 
@@ -27,12 +27,23 @@ pub(super) struct App {
     pub(super) metrics: Metrics,
     pub(super) gate: Gate,
     in_progress: Arc<Semaphore>,
+    streams: Arc<Semaphore>,
 }
 
 impl App {
     pub(super) fn new(options: Options, metrics: Metrics, gate: Gate) -> Self {
         let in_progress = Arc::new(Semaphore::new(options.max_requests.get()));
-        Self { options: Arc::new(options), metrics, gate, in_progress }
+        let streams = Arc::new(Semaphore::new(options.max_streams.get()));
+        Self { options: Arc::new(options), metrics, gate, in_progress, streams }
+    }
+
+    /// Room for one more stream, until the answer is dropped.
+    ///
+    /// # Errors
+    /// 503 when there is none.
+    pub(super) fn take_stream(&self) -> Result<OwnedSemaphorePermit, Problem> {
+        let full = |_| Problem::unavailable("overloaded", format!("{} streams are open", self.options.max_streams));
+        Arc::clone(&self.streams).try_acquire_owned().map_err(full)
     }
 
     /// What is behind the edge.
@@ -79,6 +90,10 @@ pub(super) fn router(app: App) -> Router {
         .route("/v1/plugins", get(plugins::list))
         .route("/v1/plugins/{name}", get(plugins::inspect))
         .route("/v1/plugins/{name}/reload", post(plugins::reload))
+        .route("/v1/stream", get(stream::stream))
+        .route("/v1/consumers/{name}", get(consumers::get))
+        .route("/v1/consumers/{name}/ack", post(consumers::acknowledge))
+        .route("/v1/consumers/{name}/seek", post(consumers::seek))
         .route("/v1/stats", get(status::stats))
         .route("/metrics", get(status::metrics))
         .route("/healthz", get(status::live))
@@ -92,8 +107,16 @@ pub(super) fn router(app: App) -> Router {
 }
 
 async fn unknown_path(request: Request) -> Problem {
-    let known =
-        ["/v1/events", "/v1/subscriptions", "/v1/dead-letters", "/v1/replays", "/v1/plugins", "/v1/stats", "/metrics"];
+    let known = [
+        "/v1/events",
+        "/v1/stream",
+        "/v1/subscriptions",
+        "/v1/dead-letters",
+        "/v1/replays",
+        "/v1/plugins",
+        "/v1/stats",
+        "/metrics",
+    ];
     let hint = super::problem::suggestion(request.uri().path(), known);
     Problem::new(StatusCode::NOT_FOUND, "not_found", format!("nothing is served at {}{hint}", request.uri().path()))
 }
@@ -119,7 +142,7 @@ async fn guard(State(app): State<App>, request: Request, next: Next) -> Response
 }
 
 /// Room for the request, if its sender may make it. Probes always get through: a busy server still lives.
-fn admit(app: &App, request: &Request) -> Result<Option<tokio::sync::OwnedSemaphorePermit>, Problem> {
+fn admit(app: &App, request: &Request) -> Result<Option<OwnedSemaphorePermit>, Problem> {
     let path = request.uri().path();
     auth::check(&app.options.tokens, request.method(), path, request.headers())?;
     if matches!(path, "/healthz" | "/readyz") {

@@ -73,6 +73,8 @@ fn needed(method: &Method, path: &str) -> Option<Scope> {
         (_, "/healthz" | "/readyz") => None,
         (&Method::GET | &Method::HEAD, _) => Some(Scope::Read),
         (&Method::POST, "/v1/events") => Some(Scope::Publish),
+        // Where a reader is, is the reader's own.
+        (&Method::POST, path) if path.starts_with("/v1/consumers/") => Some(Scope::Read),
         _ => Some(Scope::Admin),
     }
 }

@@ -12,14 +12,15 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 
 use super::app::{App, Named};
-use super::input::Defaults;
+use super::input::{Defaults, Incoming};
 use super::problem::Problem;
 use super::query::Query;
 use super::{body, cloudevents, input};
 use crate::broker::EventFilter;
 use crate::delivery::{EventDetail, EventRecord, Status};
 use crate::error::Error;
-use crate::event::{Event, JSON, Source, UserId};
+use crate::event::{Event, EventId, JSON, Seq, Source, UserId};
+use crate::feed::Feed;
 use crate::pattern::Pattern;
 
 /// The most events of a batch: they are stored in one step, and everybody else waits for it.
@@ -28,6 +29,7 @@ const MAX_BATCH: usize = 10_000;
 /// What a request to publish holds.
 enum Sent {
     One(Box<Event>),
+    Ephemeral(Box<Event>),
     Batch(Vec<Event>),
 }
 
@@ -38,7 +40,8 @@ pub(super) async fn publish(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Problem> {
-    let broker = app.broker()?;
+    let services = app.services()?;
+    let broker = &services.broker;
     let wait = wait(&Query::parse(raw.as_deref(), &["wait"])?, app.options.max_wait)?;
     let bytes = body::read(body, app.options.max_body.as_u64(), app.options.body_timeout).await?;
     let defaults = Defaults {
@@ -50,9 +53,29 @@ pub(super) async fn publish(
     match (sent(&headers, bytes, &defaults)?, wait) {
         (Sent::One(event), None) => Ok((accepted, Json(broker.publish(*event).await?)).into_response()),
         (Sent::One(event), Some(wait)) => Ok(Json(broker.publish_sync(*event, wait).await?.detail).into_response()),
+        (Sent::Ephemeral(event), None) => Ok((accepted, Json(show(&services.feed, *event)?)).into_response()),
+        (Sent::Ephemeral(_), Some(_)) => {
+            Err(Problem::malformed("wait: an ephemeral event is not handled, so that there is nothing to wait for"))
+        }
         (Sent::Batch(events), None) => Ok((accepted, Json(broker.publish_batch(events).await?)).into_response()),
         (Sent::Batch(_), Some(_)) => Err(Problem::malformed("wait: a batch cannot be waited for, publish one event")),
     }
+}
+
+/// What the publisher of an ephemeral event is told: the members of [`Published`](crate::broker::Published).
+#[derive(Serialize)]
+struct Shown {
+    id: EventId,
+    seq: Option<Seq>,
+    status: Status,
+    duplicate: bool,
+}
+
+/// Shows an event to those who follow the feed now.
+fn show(feed: &Feed, event: Event) -> Result<Shown, Error> {
+    let id = event.id.clone();
+    feed.publish_ephemeral(event)?;
+    Ok(Shown { id, seq: None, status: Status::Completed, duplicate: false })
 }
 
 fn wait(query: &Query, longest: Duration) -> Result<Option<Duration>, Problem> {
@@ -70,7 +93,10 @@ fn sent(headers: &HeaderMap, bytes: Bytes, defaults: &Defaults) -> Result<Sent, 
     }
     match body::media_type(headers)?.as_deref() {
         Some(JSON) => read(&bytes, input::event, defaults),
-        Some(cloudevents::STRUCTURED | cloudevents::BATCH) => read(&bytes, cloudevents::structured, defaults),
+        Some(cloudevents::STRUCTURED | cloudevents::BATCH) => {
+            let kept = |event| Incoming { event, is_ephemeral: false };
+            read(&bytes, |raw, field, defaults| cloudevents::structured(raw, field, defaults).map(kept), defaults)
+        }
         Some(other) => Err(body::unsupported(format!(
             "content-type {other} is not served here: send application/json, application/cloudevents+json or \
              application/cloudevents-batch+json"
@@ -82,23 +108,28 @@ fn sent(headers: &HeaderMap, bytes: Bytes, defaults: &Defaults) -> Result<Sent, 
 /// One event from an object, several from an array.
 fn read(
     bytes: &[u8],
-    parse: impl Fn(&RawValue, &str, &Defaults) -> crate::Result<Event>,
+    parse: impl Fn(&RawValue, &str, &Defaults) -> crate::Result<Incoming>,
     defaults: &Defaults,
 ) -> Result<Sent, Problem> {
     let whole: &RawValue = body::json(bytes)?;
     if !whole.get().starts_with('[') {
-        return Ok(Sent::One(Box::new(parse(whole, "", defaults)?)));
+        let Incoming { event, is_ephemeral } = parse(whole, "", defaults)?;
+        return Ok(if is_ephemeral { Sent::Ephemeral(event.into()) } else { Sent::One(event.into()) });
     }
     let entries: Vec<&RawValue> = body::json(whole.get().as_bytes())?;
     if entries.len() > MAX_BATCH {
         let reason = format!("a batch holds at most {MAX_BATCH} events");
         return Err(Error::invalid("body", format!("{} events", entries.len()), reason).into());
     }
-    let events = entries
-        .iter()
-        .enumerate()
-        .map(|(index, raw)| parse(raw, &format!("[{index}]"), defaults).map_err(|error| input::at(index, error)));
-    Ok(Sent::Batch(events.collect::<crate::Result<_>>()?))
+    let kept = |(index, raw): (usize, &&RawValue)| match parse(raw, &format!("[{index}]"), defaults) {
+        Ok(Incoming { is_ephemeral: false, event }) => Ok(event),
+        Ok(_) => {
+            let reason = "must be sent alone: a batch is kept";
+            Err(input::at(index, Error::invalid("ephemeral", "true", reason)))
+        }
+        Err(error) => Err(input::at(index, error)),
+    };
+    Ok(Sent::Batch(entries.iter().enumerate().map(kept).collect::<crate::Result<_>>()?))
 }
 
 #[derive(Serialize)]
@@ -150,7 +181,7 @@ fn filter(query: &Query) -> Result<EventFilter, Problem> {
 }
 
 /// A query has no types: what reads as an integer is one.
-fn user_id(text: &str) -> UserId {
+pub(super) fn user_id(text: &str) -> UserId {
     text.parse().map_or_else(|_| UserId::Text(text.into()), UserId::Number)
 }
 

@@ -11,6 +11,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::problem::Problem;
 use crate::broker::Broker;
+use crate::feed::Feed;
 use crate::host::{Host, Reloader};
 
 /// What the edge hands requests to.
@@ -18,6 +19,8 @@ use crate::host::{Host, Reloader};
 pub struct Services {
     /// Takes events in and knows what became of them.
     pub broker: Broker,
+    /// Shows the log as it grows.
+    pub feed: Feed,
     /// Runs plugins, where there are any.
     pub host: Option<Host>,
     /// Asks whoever follows the plugins' folder to look at it now, where there is one.

@@ -50,17 +50,22 @@ pub(super) struct Defaults {
     pub(super) max_payload: u64,
 }
 
+/// An event as it was sent, and what is to be done with it.
+pub(super) struct Incoming {
+    pub(super) event: Event,
+    /// It is shown to live feeds, and neither kept nor handled.
+    pub(super) is_ephemeral: bool,
+}
+
 /// The event that `raw` describes. `source` is `internal` unless given.
 ///
 /// # Errors
 /// [`Error::Invalid`] or [`Error::TooLarge`] naming the member.
-pub(super) fn event(raw: &RawValue, field: &str, defaults: &Defaults) -> Result<Event> {
+pub(super) fn event(raw: &RawValue, field: &str, defaults: &Defaults) -> Result<Incoming> {
     let members = Members::of(raw, field)?;
     refuse_read_only(&members)?;
     members.only(&SETTABLE)?;
-    if members.read::<bool>("ephemeral", "true or false")? == Some(true) {
-        return Err(Error::invalid("ephemeral", "true", "ephemeral events are not served by this version"));
-    }
+    let is_ephemeral = members.read::<bool>("ephemeral", "true or false")?.unwrap_or(false);
     let event_type = EventType::parse(&members.text("type")?.unwrap_or_default())?;
     let source = members.text("source")?.map_or(Ok(Source::Internal), |name| Source::parse(&name))?;
     let mut event = Event::new(source, event_type, payload(&members)?);
@@ -86,7 +91,7 @@ pub(super) fn event(raw: &RawValue, field: &str, defaults: &Defaults) -> Result<
         event.metadata = members.read("metadata", "a JSON object")?.unwrap_or_default();
     }
     event.validate(defaults.max_payload)?;
-    Ok(event)
+    Ok(Incoming { event, is_ephemeral })
 }
 
 fn refuse_read_only(members: &Members<'_>) -> Result<()> {
@@ -197,7 +202,8 @@ mod tests {
 
     fn read(text: &str) -> Result<Event> {
         let raw = RawValue::from_string(text.to_owned()).unwrap();
-        event(&raw, "", &Defaults { instance_id: "here".into(), trace_parent: None, max_payload: 1024 })
+        let defaults = Defaults { instance_id: "here".into(), trace_parent: None, max_payload: 1024 };
+        event(&raw, "", &defaults).map(|incoming| incoming.event)
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod app;
 mod auth;
 mod body;
 mod cloudevents;
+mod consumers;
 mod dead_letters;
 mod events;
 mod gate;
@@ -18,6 +19,7 @@ mod query;
 mod replays;
 mod serve;
 mod status;
+mod stream;
 mod subscriptions;
 
 use std::net::SocketAddr;
@@ -45,6 +47,8 @@ pub struct Options {
     pub max_connections: NonZeroUsize,
     /// The most requests at once; further ones are refused with 503.
     pub max_requests: NonZeroUsize,
+    /// The most streams of the feed at once; further ones are refused with 503. Over HTTP/1.1 each is a connection.
+    pub max_streams: NonZeroUsize,
     /// How long a client may take to send a request's head.
     #[serde(with = "friendly::required")]
     pub header_timeout: Duration,
@@ -63,12 +67,16 @@ pub struct Options {
 
 const CONNECTIONS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1_023);
 
+/// Half of the connections, so that streams never keep requests out.
+const STREAMS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(511);
+
 impl Default for Options {
     fn default() -> Self {
         Self {
             max_body: ByteSize::mib(16),
             max_connections: CONNECTIONS,
             max_requests: CONNECTIONS,
+            max_streams: STREAMS,
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(30),
             max_wait: Duration::from_secs(60),

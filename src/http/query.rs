@@ -1,4 +1,5 @@
-//! Query strings, read strictly: an unknown or repeated parameter is refused, never ignored.
+//! Query strings, read strictly: an unknown parameter is refused, never ignored, and so is a repeated one where it is not
+//! a list.
 
 use std::time::Duration;
 
@@ -21,13 +22,21 @@ impl Query {
     /// # Errors
     /// 400 naming the parameter.
     pub(super) fn parse(raw: Option<&str>, known: &[&str]) -> Result<Self, Problem> {
+        Self::parse_repeatable(raw, known, &[])
+    }
+
+    /// As [`parse`](Self::parse), where some names may be given several times.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse).
+    pub(super) fn parse_repeatable(raw: Option<&str>, known: &[&str], repeatable: &[&str]) -> Result<Self, Problem> {
         let mut pairs: Vec<(String, String)> = Vec::new();
         for (name, value) in form_urlencoded::parse(raw.unwrap_or_default().as_bytes()) {
             if !known.contains(&&*name) {
                 let hint = suggestion(&name, known.iter().copied());
                 return Err(Problem::query(&name, &value, format!("is not a parameter of this call{hint}")));
             }
-            if pairs.iter().any(|(earlier, _)| *earlier == name) {
+            if !repeatable.contains(&&*name) && pairs.iter().any(|(earlier, _)| *earlier == name) {
                 return Err(Problem::query(&name, &value, "is given twice"));
             }
             pairs.push((name.into_owned(), value.into_owned()));
@@ -38,6 +47,11 @@ impl Query {
     /// The value of `name`.
     pub(super) fn text(&self, name: &str) -> Option<&str> {
         self.0.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    /// Every value of `name`.
+    pub(super) fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        self.0.iter().filter(move |(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 
     /// The value of `name` as an owned text.

@@ -90,7 +90,7 @@ fn fields() -> Vec<Case> {
         invalid("{\"type\":\"a\",\"metadata\":[1]}", "metadata: must be a JSON object"),
         invalid("{\"type\":\"a\",\"metadata\":{\"n\":1e400}}", "metadata: must be a JSON object: number out of range"),
         invalid("{\"type\":\"a\",\"trace_parent\":\"00-1-2-3\"}", "trace_parent: must be a W3C traceparent"),
-        invalid("{\"type\":\"a\",\"ephemeral\":true}", "ephemeral events are not served"),
+        invalid("{\"type\":\"a\",\"ephemeral\":1}", "ephemeral: must be true or false"),
         invalid("{\"type\":\"a\",\"status\":\"completed\"}", "status: is set by tidegate"),
         invalid("{\"type\":\"a\",\"seq\":1}", "seq: is set by tidegate"),
         invalid("{\"type\":\"a\",\"created_at\":\"2026-01-31T12:00:00Z\"}", "created_at: is set by tidegate"),
@@ -117,6 +117,7 @@ fn sizes_and_batches() -> Vec<Case> {
         invalid(batch("{\"type\":\"a b\"}"), "[2].type: segments may hold"),
         invalid(format!("[{}0]", "0,".repeat(10_000)), "a batch holds at most 10000 events"),
         invalid(batch("3"), "[2]: must be a JSON object"),
+        invalid(batch("{\"type\":\"a\",\"ephemeral\":true}"), "[2].ephemeral: must be sent alone"),
         invalid(batch("{\"type\":\"a\",\"sourc\":\"x\"}"), "[2].sourc: is not a field"),
         json(batch(&large), 413, "too_large", "[2].payload has 1048577 bytes"),
         post(

@@ -474,16 +474,26 @@ async fn a_client_that_dawdles_is_let_go() {
 #[test]
 fn help_names_what_exists_and_nothing_else() {
     let help = printed("", 0, &["--help"]);
-    for command in
-        ["serve", "publish", "events", "subscriptions", "dead", "replay", "plugin", "capture", "migrate", "config"]
-    {
+    for command in [
+        "serve",
+        "publish",
+        "events",
+        "tail",
+        "subscriptions",
+        "dead",
+        "replay",
+        "plugin",
+        "capture",
+        "migrate",
+        "config",
+    ] {
         assert!(help.contains(&format!("  {command} ")), "{help}");
     }
     let plugin = printed("", 0, &["plugin", "--help"]);
     for command in ["build", "check", "inspect", "list"] {
         assert!(plugin.contains(&format!("  {command} ")), "{plugin}");
     }
-    for absent in ["tail", "doctor", "deploy", "rollback", "history"] {
+    for absent in ["doctor", "deploy", "rollback", "history"] {
         assert!(!help.contains(absent) && !plugin.contains(absent), "{absent}");
     }
 }

@@ -20,7 +20,8 @@ const TABLE: &[(&str, &[&str])] = &[
     ("host", &["delivery", "event", "handler", "subscription", "retry", "pattern", "metrics", "error"]),
     ("broker", &["delivery", "event", "handler", "subscription", "retry", "pattern", "metrics", "error", "provider"]),
     ("capture", &["delivery", "event", "provider", "broker", "error"]),
-    ("http", &["broker", "host", "delivery", "event", "subscription", "retry", "pattern", "metrics", "error"]),
+    ("feed", &["event", "pattern", "provider", "metrics", "error"]),
+    ("http", &["broker", "feed", "host", "delivery", "event", "subscription", "retry", "pattern", "metrics", "error"]),
     ("config", &["broker", "host", "http", "provider", "retry", "metrics", "error"]),
     ("cli", &["*"]),
     ("lib", &["*"]),
@@ -103,7 +104,7 @@ fn ideas_know_no_runtime_and_no_store() {
         let forbidden: &[&str] = match module.as_str() {
             "error" | "event" | "change" | "pattern" | "delivery" | "retry" | "subscription" | "handler"
             | "metrics" => &["tokio::", "sqlx::", "wasmtime", "std::fs", "std::net"],
-            "broker" => &["sqlx::", "wasmtime", "axum::", "std::fs", "std::env"],
+            "broker" | "feed" => &["sqlx::", "wasmtime", "axum::", "std::fs", "std::env"],
             "host" => &["sqlx::", "axum::"],
             "provider" => &["wasmtime", "axum::"],
             _ => &[],

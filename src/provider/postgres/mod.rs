@@ -3,13 +3,15 @@
 //! An inbox that anybody may write to in his own transaction, a log in which every event stands once, and narrow
 //! deliveries that are leased with SKIP LOCKED. `seq` is given out under the lock of one row, so it follows the order
 //! of commits. Almost every call is one statement over all it is about. Nothing is kept here that the database does not
-//! have, but the numbers of subscriptions, which never
-//! change, and a guess of where ready deliveries begin. Listening for notifications is not done here.
+//! have, but the numbers of subscriptions, which never change, and a guess of where ready deliveries begin. One
+//! connection listens for hints of other processes; nothing depends on them.
 
 mod append;
 mod claim;
 mod documents;
 mod front;
+mod hint;
+mod listen;
 mod names;
 mod open;
 mod operate;
@@ -34,6 +36,7 @@ use tokio::sync::watch as channel;
 
 use self::append::Numbers;
 use self::front::Fronts;
+use self::listen::Relay;
 use self::trouble::{Step, Turns};
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
@@ -130,6 +133,7 @@ struct Store {
     names: Mutex<Numbers>,
     fronts: Mutex<Fronts>,
     wake: channel::Sender<u64>,
+    relay: Relay,
     is_closed: AtomicBool,
 }
 
@@ -162,16 +166,11 @@ impl PostgresProvider {
         let every = options.poll_interval.max(Duration::from_millis(1));
         let (names, fronts) = (Mutex::default(), Mutex::default());
         let (wake, is_closed) = (channel::Sender::new(0), AtomicBool::new(false));
-        let store = Store { pool, schema, place, server, limit, clock, names, fronts, wake, is_closed, options };
+        let relay = Relay::start(&pool, &options.schema, &wake).await;
+        let store = Store { pool, schema, place, server, limit, clock, names, fronts, wake, relay, is_closed, options };
         let store = Arc::new(store);
         tokio::spawn(watch::run(Arc::downgrade(&store), every));
         Ok(Self { store })
-    }
-
-    /// What [`wake`](Provider::wake) hears. Whoever learns otherwise that another process has written may tick it.
-    #[must_use]
-    pub fn ticker(&self) -> channel::Sender<u64> {
-        self.store.wake.clone()
     }
 
     /// Runs a call unless the store is closed, and puts what went wrong into words.
@@ -187,7 +186,7 @@ impl PostgresProvider {
         work: impl Future<Output = Step<T>> + Send,
     ) -> Result<T> {
         let answer = self.call(action, work).await?;
-        self.store.tick();
+        self.store.wrote();
         Ok(answer)
     }
 }
@@ -218,7 +217,7 @@ impl Provider for PostgresProvider {
             shared: true,
             transactions: true,
             key_ordering: true,
-            push: false,
+            push: self.store.relay.is_told,
             inbox: Inbox::Polled,
         }
     }
@@ -231,7 +230,7 @@ impl Provider for PostgresProvider {
     async fn route(&self, request: &RouteRequest<'_>) -> Result<Routed> {
         let routed = self.call(|| "take events from the inbox".to_owned(), self.store.route(request)).await?;
         if routed.taken > 0 {
-            self.store.tick();
+            self.store.wrote();
         }
         Ok(routed)
     }

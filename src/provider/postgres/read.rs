@@ -120,6 +120,7 @@ impl Store {
             floor_seq: figure(1)? + 1,
             provider_specific: serde_json::Map::new(),
         };
+        let ears = *self.relay.ears.borrow();
         let specific = [
             ("server", self.place.clone().into()),
             ("server_version", self.server.clone().into()),
@@ -130,6 +131,8 @@ impl Store {
             ("connections", self.pool.size().into()),
             ("idle_connections", self.pool.num_idle().into()),
             ("max_connections", self.options.max_connections.into()),
+            ("listener", ears.hearing.as_str().into()),
+            ("listener_generation", ears.generation.into()),
         ];
         stats.provider_specific.extend(specific.map(|(name, value): (_, serde_json::Value)| (name.to_owned(), value)));
         Ok(stats)

@@ -205,8 +205,6 @@ async fn two_instances_wake_each_other() {
     };
     // The first look.
     next().await;
-    there.ticker().send_modify(|ticks| *ticks += 1);
-    next().await;
     here.append(appends(1)).await.unwrap();
     next().await;
     schema.sql("INSERT INTO {s}.inbox (type, payload) VALUES ('a.b', '1')");

@@ -16,6 +16,12 @@ impl Store {
         self.wake.send_modify(|ticks| *ticks = ticks.wrapping_add(1));
     }
 
+    /// Something was written by this process.
+    pub(super) fn wrote(&self) {
+        self.tick();
+        self.relay.written.notify_one();
+    }
+
     async fn look(&self) -> Step<(i64, bool)> {
         let mut session = self.session().await?;
         let row = session.row(self.statement(LOOK)).await;

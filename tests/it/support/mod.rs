@@ -4,5 +4,8 @@ pub(crate) mod guests;
 pub(crate) mod history;
 pub(crate) mod orders;
 pub(crate) mod postgres;
+pub(crate) mod proxy;
 pub(crate) mod server;
+pub(crate) mod stream;
+pub(crate) mod tapped;
 pub(crate) mod wire;

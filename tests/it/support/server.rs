@@ -53,11 +53,15 @@ impl Server {
 
     /// Starts a server and does not wait.
     pub(crate) fn spawn(folder: &Path, arguments: &[&str]) -> Self {
-        let listen = format!("127.0.0.1:{}", free_port());
+        Self::spawn_on(&format!("127.0.0.1:{}", free_port()), folder, arguments)
+    }
+
+    /// Starts a server at an address of the test's choice and does not wait.
+    pub(crate) fn spawn_on(listen: &str, folder: &Path, arguments: &[&str]) -> Self {
         let log = folder.join("server.log");
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&log).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_tidegate"))
-            .args(["serve", "--listen", &listen])
+            .args(["serve", "--listen", listen])
             .args(arguments)
             .env_remove("RUST_LOG")
             .env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"))

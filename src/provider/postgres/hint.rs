@@ -1,0 +1,54 @@
+//! Sends hints to other processes: that this one has written something.
+//!
+//! Never within a transaction that writes, since those that notify are committed one after the other. A hint carries
+//! nothing but who says it, so that nobody is woken by his own. One that cannot be sent is not sent again: others look
+//! by themselves, only later.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::AssertSqlSafe;
+use sqlx::postgres::PgPool;
+use tokio::sync::Notify;
+use tokio::time::sleep;
+
+/// How long writes are gathered after a hint. The first one after a quiet time is told at once.
+const DEBOUNCE: Duration = Duration::from_millis(25);
+
+/// How hints of a store are sent.
+#[derive(Clone)]
+pub(super) struct Mouth {
+    pub(super) pool: PgPool,
+    /// The schema's name: replicas of one store hear each other and nobody else.
+    pub(super) channel: Arc<str>,
+    /// Who says it: random, and another one in every process.
+    pub(super) own: Arc<str>,
+}
+
+impl Mouth {
+    pub(super) fn new(pool: PgPool, schema: &str) -> Self {
+        Self { pool, channel: schema.into(), own: uuid::Uuid::new_v4().simple().to_string().into() }
+    }
+
+    /// Sends one hint.
+    pub(super) async fn say(&self) -> sqlx::Result<()> {
+        // Plain text, in one step: behind a pooler a second one could meet another connection. Both names are ours.
+        let text = format!("NOTIFY \"{}\", '{}'", self.channel, self.own);
+        sqlx::raw_sql(AssertSqlSafe(text)).execute(&self.pool).await.map(drop)
+    }
+
+    /// Sends hints of what is written until the store is closed.
+    pub(super) async fn run(self, written: Arc<Notify>) {
+        let saying = async {
+            loop {
+                written.notified().await;
+                if let Err(error) = self.say().await {
+                    tracing::debug!(%error, "a hint for other processes was not sent");
+                }
+                sleep(DEBOUNCE).await;
+            }
+        };
+        let ended: sqlx::Result<()> = self.pool.close_event().do_until(saying).await;
+        drop(ended);
+    }
+}
