@@ -24,6 +24,7 @@ use crate::http::{Gate, Server, Services};
 use crate::metrics::Metrics;
 use crate::provider::Provider;
 use crate::provider::memory::MemoryProvider;
+use crate::provider::redis::RedisProvider;
 use crate::provider::sqlite::SqliteProvider;
 
 const SETTINGS: &str = "Every setting of the configuration can be given in the environment too: TIDEGATE_PROVIDER, \
@@ -128,6 +129,7 @@ async fn open_provider(config: &Config) -> Result<Arc<dyn Provider>> {
     match ProviderUrl::parse(&config.provider)? {
         ProviderUrl::Memory => Ok(Arc::new(MemoryProvider::open(config.memory.clone())?)),
         ProviderUrl::Sqlite => Ok(Arc::new(SqliteProvider::open(config.sqlite.clone()).await?)),
+        ProviderUrl::Redis => Ok(Arc::new(RedisProvider::open(config.redis.clone()).await?)),
     }
 }
 

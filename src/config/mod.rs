@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::provider::{memory, sqlite};
+use crate::provider::{memory, redis, sqlite};
 use crate::{broker, host, http, metrics};
 
 pub use tree::Setting;
@@ -31,7 +31,7 @@ pub struct Config {
     pub enabled: bool,
     /// Where HTTP is served.
     pub listen: SocketAddr,
-    /// The store, as a URL: `memory:` or `sqlite://PATH`.
+    /// The store, as a URL: `memory:`, `sqlite://PATH` or `redis://HOST`.
     pub provider: String,
     /// Names this process; empty for the host's name. `${NAME}` is replaced by that environment variable.
     pub instance_id: String,
@@ -47,6 +47,8 @@ pub struct Config {
     pub memory: memory::Options,
     /// The store in a SQLite file.
     pub sqlite: sqlite::Options,
+    /// The store in a Redis server.
+    pub redis: redis::Options,
     /// What runs plugins.
     pub host: host::Options,
     /// What each plugin is granted and configured with, by its name.
@@ -99,6 +101,7 @@ impl Default for Config {
             http: http::Options::default(),
             memory: memory::Options::default(),
             sqlite: sqlite::Options::default(),
+            redis: redis::Options::default(),
             host: host::Options::default(),
             plugins: BTreeMap::new(),
         }
@@ -125,6 +128,8 @@ pub enum ProviderUrl {
     Memory,
     /// `sqlite://PATH`.
     Sqlite,
+    /// `redis://HOST`, or `rediss://HOST` for TLS.
+    Redis,
 }
 
 impl ProviderUrl {
@@ -133,7 +138,7 @@ impl ProviderUrl {
     /// # Errors
     /// [`Error::Invalid`] naming `provider`: an unknown scheme, one that this version does not serve, or no path.
     pub fn parse(url: &str) -> Result<Self> {
-        let served = "this version serves memory: and sqlite://PATH";
+        let served = "this version serves memory:, sqlite://PATH and redis://HOST";
         let refuse = |reason: String| Err(Error::invalid("provider", secrets::without_password(url), reason));
         let (scheme, rest) = url.split_once(':').unwrap_or((url, ""));
         match (scheme, rest.strip_prefix("//").unwrap_or(rest)) {
@@ -142,7 +147,10 @@ impl ProviderUrl {
             ("sqlite", "") => refuse("names no file: write sqlite://PATH".to_owned()),
             ("sqlite", _) if url.starts_with("sqlite://") => Ok(Self::Sqlite),
             ("sqlite", _) => refuse("must be sqlite://PATH".to_owned()),
-            ("postgres" | "postgresql" | "redis" | "rediss" | "nats" | "database", _) => {
+            ("redis" | "rediss", "") => refuse(format!("names no server: write {scheme}://HOST:PORT")),
+            ("redis" | "rediss", rest) if url.len() == scheme.len() + 3 + rest.len() => Ok(Self::Redis),
+            ("redis" | "rediss", _) => refuse(format!("must be {scheme}://HOST:PORT")),
+            ("postgres" | "postgresql" | "nats" | "database", _) => {
                 refuse(format!("provider {scheme} is not served; {served}"))
             }
             _ => refuse(format!("unknown provider: {scheme}; {served}")),
@@ -203,6 +211,7 @@ impl Config {
         config.broker.max_payload = config.limits.max_payload.as_u64();
         config.broker.max_depth = config.limits.max_depth;
         config.sqlite.url.clone_from(&config.provider);
+        config.redis.url.clone_from(&config.provider);
         config.host.plugins.clone_from(&config.plugins);
         config.host.max_payload = config.limits.max_payload.as_u64();
         config.host.user_cache = sources.user_cache();

@@ -28,6 +28,8 @@
 #[macro_use]
 pub mod conformance;
 pub mod memory;
+mod recent;
+pub mod redis;
 pub mod rules;
 pub mod sqlite;
 
@@ -37,7 +39,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::delivery::{Attempt, Delivery, EventDetail, EventRecord, KvWrite, Next, Status, Verdict};
@@ -200,8 +202,16 @@ pub struct Capabilities {
     pub push: bool,
 }
 
+impl Capabilities {
+    /// Whether the store is a part of this process, and gone with it.
+    #[must_use]
+    pub fn ends_with_process(&self) -> bool {
+        self.durability == Durability::Process && !self.shared
+    }
+}
+
 /// What an acknowledged write survives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Durability {
     /// Nothing: it is gone with the process.

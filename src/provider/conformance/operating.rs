@@ -8,7 +8,7 @@ use crate::delivery::{Next, Status, Verdict};
 use crate::error::Error;
 use crate::event::{EventId, Seq};
 use crate::pattern::Pattern;
-use crate::provider::{Amendment, DeadLetterFilter, EventFilter, Expect, Replay, Retention, Settled};
+use crate::provider::{Amendment, DeadLetterFilter, EventFilter, Expect, ProviderStats, Replay, Retention, Settled};
 use crate::subscription::Ordering;
 
 fn replay(subscription: &str) -> Replay {
@@ -104,13 +104,15 @@ pub async fn a_replay_of_what_is_missing_leaves_the_rest(scene: Scene) {
 /// A dry run counts.
 pub async fn a_dry_run_changes_nothing(scene: Scene) {
     let id = scene.run_one("s", Next::Complete).await;
-    let before = (scene.detail(&id).await, scene.stats().await);
+    // Figures that only one kind of store has may move by themselves, as the memory of a server does.
+    let figures = async || ProviderStats { provider_specific: serde_json::Map::new(), ..scene.stats().await };
+    let before = (scene.detail(&id).await, figures().await);
     let dry = Replay { dry_run: true, ..replay("s") };
     assert_eq!(amend(&scene, Amendment::Replay(dry.clone())).await, 1);
     assert_eq!(amend(&scene, Amendment::Replay(Replay { subscription: "t".into(), ..dry.clone() })).await, 1);
     let later = scene.detail(&id).await.record.event.created_at + Duration::from_micros(1);
     assert_eq!(amend(&scene, Amendment::Replay(Replay { from: Some(later), ..dry })).await, 0);
-    assert_eq!((scene.detail(&id).await, scene.stats().await), before);
+    assert_eq!((scene.detail(&id).await, figures().await), before);
 }
 
 /// What becomes of the work of a subscription that is deleted.

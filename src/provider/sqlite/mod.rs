@@ -10,7 +10,6 @@ mod documents;
 mod open;
 mod operate;
 mod read;
-mod recent;
 mod row;
 mod settle;
 mod statement;
@@ -30,8 +29,8 @@ use sqlx::sqlite::SqlitePool;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use self::documents::Put;
-use self::recent::Recent;
 use self::writer::{Answer, Job, Request, Writer};
+use super::recent::Recent;
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
     Document, Documents, Durability, EventFilter, EventPage, Expect, LeaseKey, LogPage, Matcher, Provider,
