@@ -37,5 +37,6 @@ plugins-js: ## Build the sample in JavaScript (needs Node.js with npm), serve it
 plugins-test: ## Test the plugin SDK and the samples, natively
 	cargo test --quiet --manifest-path plugins/Cargo.toml
 
-setup: ## Install what building plugins needs and cargo does not bring
+setup: ## Install what building plugins and testing need and cargo does not bring
 	@scripts/setup-wasm.sh
+	@scripts/setup-redis.sh

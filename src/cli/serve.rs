@@ -167,7 +167,7 @@ async fn reload_on(mut hangup: Signal, reloader: Option<Reloader>) {
 fn greeting(config: &Config, host: Option<&Host>) -> String {
     let count = host.map(|host| host.plugins().iter().filter(|plugin| plugin.active.is_some()).count());
     let plugins = count.map_or_else(|| "no folder of plugins".to_owned(), |count| format!("{count} plugins"));
-    format!("with {} and {plugins}", config.provider)
+    format!("with {} and {plugins}", config.shown_provider())
 }
 
 /// A flag that the first SIGINT or SIGTERM raises. The second ends the process.

@@ -231,6 +231,12 @@ impl Config {
         Ok(())
     }
 
+    /// The store's URL for people to read, with its password masked.
+    #[must_use]
+    pub fn shown_provider(&self) -> String {
+        secrets::without_password(&self.provider)
+    }
+
     /// What is in force, for people to read and to keep as a file; secrets are masked.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! The original broker's YAML, `event_broker:` …, translated into our tree.
 //!
-//! Every key that it knew is read and checked. What configures a store that this version does not serve, or does not
-//! use, has no counterpart and goes no further.
+//! Every key that it knew is read and checked. What configures a store that this version does not serve, or that is not
+//! the one in use, has no counterpart and goes no further.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ struct Original {
     buffer_size: u64,
     instance_id: String,
     retry_policy: Retry,
-    redis: Redis,
+    redis: Option<Redis>,
     #[serde(rename = "nats")]
     _nats: Option<Nats>,
     #[serde(rename = "database")]
@@ -43,7 +43,7 @@ impl Default for Original {
             buffer_size: 1_000,
             instance_id: String::new(),
             retry_policy: Retry::default(),
-            redis: Redis::default(),
+            redis: None,
             _nats: None,
             _database: None,
         }
@@ -153,10 +153,11 @@ pub(super) fn translate(mut root: Map<String, Value>) -> Result<Value> {
     let section = if section.is_null() { Value::Object(Map::new()) } else { section };
     let original: Original = tree::read(section, &[], None).map_err(|error| super::within(ROOT, error))?;
     let is_redis = original.provider == "redis";
+    let redis = is_redis.then(|| original.redis.unwrap_or_default());
     Ok(json!({
         "enabled": original.enabled,
-        "provider": if is_redis { original.redis.url() } else { provider(&original.provider)? },
-        "redis": if is_redis { original.redis.table() } else { json!({}) },
+        "provider": redis.as_ref().map_or_else(|| provider(&original.provider), |redis| Ok(redis.url()))?,
+        "redis": redis.as_ref().map_or_else(|| json!({}), Redis::table),
         "instance_id": original.instance_id,
         "broker": {
             "mode": original.mode,

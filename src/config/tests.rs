@@ -72,7 +72,8 @@ fn the_original_brokers_defaults_are_kept() {
 /// BEHAVIOURS F8, E9.
 #[test]
 fn the_original_brokers_redis_is_ours() {
-    let redis = ORIGINAL.replace("provider: memory", "provider: redis").replace("password: \"\"", "password: \"p@ss/1\"");
+    let redis =
+        ORIGINAL.replace("provider: memory", "provider: redis").replace("password: \"\"", "password: \"p@ss/1\"");
     let config = load(".yaml", &redis, &[]).unwrap();
     assert_eq!(config.provider, "redis://localhost:6379/0");
     assert_eq!((config.redis.namespace.as_str(), config.redis.max_len), ("resolvespec:events", Some(10_000)));
@@ -80,7 +81,9 @@ fn the_original_brokers_redis_is_ours() {
     assert!(!config.to_toml().unwrap().contains("p@ss"));
     let short = load(".yaml", "event_broker: {provider: redis}\n", &[]).unwrap();
     assert_eq!((short.provider.as_str(), short.redis.max_len), ("redis://localhost:6379/0", None));
-    let own = load(".toml", "provider = \"rediss://:hunter2@db:1/2?namespace=x\"\n[redis]\ndurability = \"storage\"", &[]).unwrap();
+    let own =
+        load(".toml", "provider = \"rediss://:hunter2@db:1/2?namespace=x\"\n[redis]\ndurability = \"storage\"", &[])
+            .unwrap();
     assert!(!own.to_toml().unwrap().contains("hunter2"), "{}", own.to_toml().unwrap());
     assert_eq!(own.redis.durability, Some(crate::provider::Durability::Storage));
 }

@@ -15,6 +15,7 @@ mod crash;
 mod edges;
 mod host;
 mod house;
+mod redis;
 mod reload;
 mod restart;
 mod support;

@@ -43,6 +43,8 @@ struct Slot {
     generation: u64,
     failures: u32,
     not_before: Option<Instant>,
+    /// Why the last connection could not be made.
+    why: String,
 }
 
 /// The way to the server.
@@ -139,6 +141,11 @@ impl Link {
         Ok(command)
     }
 
+    /// Makes the first connection.
+    pub(super) async fn connect(&self) -> Result<()> {
+        self.connection("connect").await.map(drop)
+    }
+
     async fn connection(&self, action: &str) -> Result<(MultiplexedConnection, u64)> {
         self.check_open()?;
         if let Some(connection) = self.current(action)? {
@@ -158,13 +165,14 @@ impl Link {
         match made {
             Ok(connection) => {
                 let generation = slot.generation + 1;
-                *slot = Slot { connection: Some(connection.clone()), generation, failures: 0, not_before: None };
+                *slot = Slot { connection: Some(connection.clone()), generation, ..Slot::default() };
                 Ok((connection, generation))
             }
             Err(error) => {
                 let pause = pause(slot.failures);
                 slot.failures = slot.failures.saturating_add(1);
                 slot.not_before = Some(Instant::now() + pause);
+                slot.why = error.to_string();
                 drop(slot);
                 Err(self.explain(&format!("connect to {}", self.server), &error))
             }
@@ -178,8 +186,8 @@ impl Link {
             return Ok(Some((connection.clone(), slot.generation)));
         }
         if slot.not_before.is_some_and(|at| Instant::now() < at) {
-            let words = "the server cannot be reached; it is tried again every few seconds";
-            return Err(self.store(action, words.to_owned()));
+            let words = format!("the server cannot be reached, and is tried again every few seconds: {}", slot.why);
+            return Err(self.store(action, words));
         }
         Ok(None)
     }

@@ -154,6 +154,7 @@ impl RedisProvider {
         // Fails when something else has chosen before, which is as good.
         drop(rustls::crypto::ring::default_provider().install_default());
         let link = Arc::new(Link::new(&place)?);
+        link.connect().await?;
         let standing = open::inspect(&link, &options).await?;
         if options.max_len.is_some() {
             tracing::warn!(

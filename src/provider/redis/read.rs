@@ -44,8 +44,10 @@ impl RedisProvider {
             let mut commands = Pipeline::new();
             commands.atomic();
             commands.cmd("HMGET").arg(&self.meta).arg("epoch").arg("head").arg("pruned");
-            let from = format!("{}-0", after.saturating_add(1));
-            commands.add_command(range("XRANGE", &self.key("log"), &from, "+", count.max(1)));
+            if count > 0 {
+                let from = format!("{}-0", after.saturating_add(1));
+                commands.add_command(range("XRANGE", &self.key("log"), &from, "+", count));
+            }
             let mut answers = self.link.query_all(action, &commands).await?.into_iter();
             let mut meta = row::list(answers.next().unwrap_or_default()).into_iter();
             let epoch = row::text(meta.next().unwrap_or_default());
@@ -57,7 +59,7 @@ impl RedisProvider {
             }
             let (head, pruned) =
                 (row::number(meta.next().unwrap_or_default()), row::number(meta.next().unwrap_or_default()));
-            let entries = row::list(answers.next().unwrap_or_default()).into_iter().take(count);
+            let entries = row::list(answers.next().unwrap_or_default()).into_iter();
             let events = entries.map(|entry| row::entry(entry).map(|(_, event)| event)).collect::<Result<Vec<_>>>()?;
             let last = events.last().and_then(|event| event.seq).filter(|_| events.len() == count);
             let next = if max == 0 { after } else { last.unwrap_or(head.max(after)) };
