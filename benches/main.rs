@@ -4,6 +4,7 @@
 
 #![expect(
     clippy::unwrap_used,
+    clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
     reason = "a benchmark that panics has no result"
@@ -13,6 +14,9 @@ mod delivery;
 mod isolation;
 mod memory;
 mod plugins;
+mod redis;
+#[path = "../tests/it/support/redis.rs"]
+mod redis_server;
 mod serve;
 mod soak;
 mod sqlite;
@@ -21,9 +25,10 @@ mod support;
 fn main() {
     // Cargo passes `--bench`; whatever else is given names the groups to run.
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let groups: [(&str, fn()); 6] = [
+    let groups: [(&str, fn()); 7] = [
         ("memory", memory::run),
         ("sqlite", sqlite::run),
+        ("redis", redis::run),
         ("plugins", plugins::run),
         ("plugins-delivery", delivery::run),
         ("plugins-isolation", isolation::run),

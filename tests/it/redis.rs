@@ -30,7 +30,8 @@ impl Instance {
         let provider = Arc::new(RedisProvider::open(options).await.unwrap());
         let retry = RetryPolicy { jitter: 0.0, ..RetryPolicy::default() };
         let poll = Duration::from_millis(200);
-        let options = Options { instance_id: name.into(), retry, poll, ..Options::default() };
+        let lease = Duration::from_secs(5);
+        let options = Options { instance_id: name.into(), retry, poll, lease, ..Options::default() };
         let (broker, service) = Broker::open(provider, options, Metrics::default()).await.unwrap();
         let (stop, stopped) = oneshot::channel();
         let service = tokio::spawn(service.run(async move { drop(stopped.await) }));

@@ -50,7 +50,12 @@ impl RedisProvider {
         let mut claimed = Claimed::default();
         loop {
             let room = rooms.iter().fold(0_usize, |sum, &room| sum.saturating_add(room)).min(STEP);
-            let step = self.claim_step(request, &rooms, room).await?;
+            let step = match self.claim_step(request, &rooms, room).await {
+                Ok(step) => step,
+                // What earlier steps gave is held, and must not be lost with the rest.
+                Err(_) if !claimed.leases.is_empty() || !claimed.lost.is_empty() => return Ok(claimed),
+                Err(error) => return Err(error),
+            };
             claimed.lost.extend(step.lost);
             let until = |at: i64| Duration::from_micros(u64::try_from(at.saturating_sub(step.now)).unwrap_or(0));
             claimed.next_due = step.next_due.map(until);

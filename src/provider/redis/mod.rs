@@ -154,19 +154,20 @@ impl RedisProvider {
         // Fails when something else has chosen before, which is as good.
         drop(rustls::crypto::ring::default_provider().install_default());
         let link = Arc::new(Link::new(&place)?);
+        let prefix = format!("{{tidegate:{}}}:", place.namespace);
+        let meta = format!("{prefix}meta");
         link.connect().await?;
+        open::check_schema(&link, &meta).await?;
         let standing = open::inspect(&link, &options).await?;
         if options.max_len.is_some() {
             tracing::warn!(
                 "redis.max_len is not used, since it would drop events that nobody has handled; see broker.keep_events"
             );
         }
-        let prefix = format!("{{tidegate:{}}}:", place.namespace);
-        let meta = format!("{prefix}meta");
         let instance = format!("{:016x}", rand::random::<u64>());
         let mut init = link.command("make the log", &open::INIT, &meta).await?;
         begin(&mut init, clock.as_ref(), &instance);
-        open::migrate(&link, &meta, &init).await?;
+        link.run("make the log", &open::INIT, &init).await?;
         let wake = watch::Sender::new(0);
         let listening = listen::run(Arc::clone(&link), format!("{prefix}wake"), instance.clone(), wake.clone());
         let listener = tokio::spawn(listening).abort_handle();

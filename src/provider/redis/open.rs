@@ -48,6 +48,11 @@ impl Place {
             namespace = value.into_owned();
         }
         check_namespace(&namespace)?;
+        for (name, bound) in [("connect", options.connect_timeout), ("response", options.response_timeout)] {
+            if bound.is_zero() {
+                return Err(Error::invalid(format!("redis.{name}_timeout"), "0s", "must be longer than nothing"));
+            }
+        }
         url.set_query(None);
         if url.path().trim_matches('/').parse::<u32>().is_err() && !url.path().trim_matches('/').is_empty() {
             return Err(refuse(format!("the database must be a number, not {}", url.path().trim_matches('/'))));
@@ -183,8 +188,8 @@ fn check_policy(link: &Link, policy: &str) -> Result<()> {
     }
 }
 
-/// Makes the log where there is none, and refuses one of a newer version.
-pub(super) async fn migrate(link: &Link, key: &str, init: &redis::Cmd) -> Result<()> {
+/// Refuses a log of a newer version, and whoever may not read it.
+pub(super) async fn check_schema(link: &Link, key: &str) -> Result<()> {
     let mut command = redis::cmd("HGET");
     command.arg(key).arg("schema");
     let schema = link.query("read the schema", &command).await?;
@@ -193,5 +198,5 @@ pub(super) async fn migrate(link: &Link, key: &str, init: &redis::Cmd) -> Result
         let reason = format!("has schema {schema} under {key}; this version knows {SCHEMA}: use the newer tidegate");
         return Err(Error::Incompatible { what: link.server.clone(), reason: reason.into() });
     }
-    link.run("make the log", &INIT, init).await.map(drop)
+    Ok(())
 }

@@ -517,3 +517,57 @@ async fn nothing_is_left_of_what_was_pruned() {
     assert_eq!(names, ["log", "meta", "names", "subs"], "what names the log and its subscriptions stays");
     assert_eq!(raw(&server, &["XLEN", &provider.key("log")]).await, ::redis::Value::Int(0));
 }
+
+/// The line of the documentation, with these in place of its words.
+fn documented_user(password: &str) -> Vec<String> {
+    let text = include_str!("../../../docs/redis.md");
+    let line = text.lines().find(|line| line.starts_with("ACL SETUSER")).unwrap();
+    line.replace("PASSWORD", password).split(' ').map(str::to_owned).collect()
+}
+
+/// What operators are told to permit is enough for everything.
+#[tokio::test]
+async fn the_documented_permissions_are_enough() {
+    let server = RedisServer::start(&["--appendonly", "yes"]);
+    let rule = documented_user("hunter2");
+    raw(&server, &rule.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let url = format!("redis://tidegate:hunter2@127.0.0.1:{}", server.port);
+    let provider = RedisProvider::open(Options { url: url.clone(), ..Options::default() }).await.unwrap();
+    assert_eq!(provider.capabilities().durability, Durability::Os);
+    let mut wake = provider.wake();
+    wake.changed().await.unwrap();
+    let mut batch = appends(4);
+    batch[3].event.key = Some("k".into());
+    let id = batch[0].event.id.to_string();
+    provider.append(batch).await.unwrap();
+    let leases = claim(&provider, 9).await;
+    let keys: Vec<LeaseKey> = leases.iter().map(|lease| lease.key.clone()).collect();
+    assert_eq!(provider.renew(&keys, Duration::from_secs(9)).await.unwrap(), [true; 4]);
+    let nexts = [Next::Complete, Next::Fail, Next::Retry { after: Duration::ZERO }, Next::Release];
+    let batch = leases.into_iter().zip(nexts).map(|(lease, next)| ended(lease, next)).collect();
+    provider.settle(batch).await.unwrap();
+    assert!(provider.get(&id).await.unwrap().is_some());
+    let pattern = Some("a.**".parse().unwrap());
+    let filters = [
+        EventFilter { pattern, ..EventFilter::default() },
+        EventFilter { from: Some(crate::event::micros(0)), ..EventFilter::default() },
+        EventFilter::default(),
+    ];
+    for filter in filters {
+        assert_eq!(provider.list(&filter).await.unwrap().records.len(), 4);
+    }
+    assert_eq!(provider.amend(Amendment::Redrive(DeadLetterFilter::default())).await.unwrap(), 1);
+    provider.put_document("c", "k", "v".into(), Expect::Any, Some(Duration::from_secs(9))).await.unwrap();
+    assert_eq!(provider.list_documents("c", None, 9).await.unwrap().len(), 1);
+    provider.delete_document("c", "k", Expect::Any).await.unwrap();
+    provider.amend(Amendment::Erase { id }).await.unwrap();
+    provider.amend(Amendment::Cancel { subscription: "s".into() }).await.unwrap();
+    assert_eq!(provider.prune(&Retention { max_age: None, max_events: Some(0) }).await.unwrap(), 3);
+    assert!(provider.stats().await.unwrap().provider_specific.contains_key("used_memory"));
+    // And no more: the keys of others are out of reach.
+    let mut outsider = ::redis::Client::open(url).unwrap().get_multiplexed_async_connection().await.unwrap();
+    let mut get = ::redis::cmd("HGET");
+    get.arg("other").arg("k");
+    let refused = get.exec_async(&mut outsider).await.unwrap_err();
+    assert_eq!(refused.code(), Some("NOPERM"));
+}
