@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::support::redis::RedisServer;
+use crate::support::server::Server;
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -152,6 +153,27 @@ async fn a_server_that_is_away_for_ten_seconds_loses_no_acknowledged_event() {
     })
     .await;
     instance.stop().await;
+}
+
+/// BEHAVIOURS E9: what operators see of this kind of store. Nothing that is printed or logged has the password.
+#[tokio::test]
+async fn a_served_redis_shows_its_figures_and_hides_its_password() {
+    let redis = RedisServer::start(&["--requirepass", "hunter2", "--appendonly", "yes"]);
+    let folder = tempfile::tempdir().unwrap();
+    let provider = format!("redis://:hunter2@127.0.0.1:{}/2?namespace=shop", redis.port);
+    let mut server = Server::start(folder.path(), &["--provider", &provider]).await;
+    let client = crate::support::wire::client();
+    let body = serde_json::json!({"type": "chat.message", "payload": {"text": "hi"}});
+    let answer = client.post(format!("{}/v1/events", server.url)).json(&body).send().await.unwrap();
+    assert_eq!(answer.status(), 202);
+    let stats = server.get("/v1/stats").await.json;
+    let own = &stats["provider_stats"]["provider_specific"];
+    assert_eq!(stats["provider_stats"]["provider_type"], "redis");
+    assert_eq!((&own["stream_name"], &own["stream_length"]), (&"{tidegate:shop}:log".into(), &1.into()));
+    assert_eq!((&own["first_entry_id"], &own["last_entry_id"]), (&"1-0".into(), &"1-0".into()));
+    assert!(own["used_memory"].as_u64().unwrap() > 0 && own["consumer_errors"] == 0);
+    assert!(server.stop().success());
+    assert!(!server.log().contains("hunter2"), "{}", server.log());
 }
 
 /// Subscriptions stand in the store, and their handlers do not go with it.
