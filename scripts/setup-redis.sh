@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes sure that the tests can start Redis servers of their own. On Debian, root gets Debian's own package; otherwise this
-# says what to install. No server is started or enabled here. It changes nothing that is already in order.
+# says what to install, and goes on: nothing but tests and benchmarks needs it. No server is started or enabled here.
 set -eu
 
 complete() {
@@ -25,7 +25,6 @@ if [ -f /etc/debian_version ] && [ "$(id -u)" -eq 0 ]; then
         complete && exit 0
 fi
 cat >&2 <<EOF
-redis: no redis-server is installed, and the tests of that store need one (and setpriv of util-linux):
+redis: no redis-server is installed. The tests of that store will fail without one (and setpriv of util-linux):
     apt-get install redis-server util-linux        (Debian, as root)
 EOF
-exit 1
