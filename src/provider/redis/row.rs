@@ -83,7 +83,6 @@ impl<'a> Record<'a> {
     }
 
     /// An instant: scripts have no integers, and doubles are exact for all of these.
-    #[expect(clippy::cast_possible_truncation, reason = "scripts write whole numbers below 2^53")]
     pub(super) fn instant(&mut self) -> Option<i64> {
         self.array().map(f64::from_le_bytes).map(|number| number as i64)
     }
@@ -133,7 +132,6 @@ fn is_empty(metadata: &Metadata) -> bool {
     metadata.is_empty()
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
 fn is_zero(depth: &u32) -> bool {
     *depth == 0
 }

@@ -67,10 +67,10 @@ impl Candidates {
             Some(Status::Failed) => return Ok(Self::dead(provider, before)),
             Some(Status::Completed) | None => {}
         }
-        if filter.from.is_some() || filter.to.is_some() {
-            if let Some(seqs) = provider.made_within(filter).await? {
-                return Ok(Self::new(Source::These(seqs), None));
-            }
+        if (filter.from.is_some() || filter.to.is_some())
+            && let Some(seqs) = provider.made_within(filter).await?
+        {
+            return Ok(Self::new(Source::These(seqs), None));
         }
         if let Some(pattern) = &filter.pattern {
             let types = provider.types(pattern).await?;
