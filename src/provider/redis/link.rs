@@ -236,7 +236,11 @@ impl Link {
         }
         let hint = self.hint(error);
         let gap = if hint.is_empty() { "" } else { ": " };
-        self.store(action, format!("{error}{gap}{hint}"))
+        let told = match (error.code(), error.detail()) {
+            (Some(code), Some(detail)) => format!("{code} {detail}"),
+            _ => error.to_string(),
+        };
+        self.store(action, format!("{}{gap}{hint}", told.trim_end_matches('.')))
     }
 
     fn hint(&self, error: &RedisError) -> Cow<'static, str> {
