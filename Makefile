@@ -44,3 +44,4 @@ setup-plugins:
 
 setup-stores:
 	@scripts/setup-stores.sh
+	@scripts/setup-redis.sh

@@ -4,6 +4,7 @@
 
 #![expect(
     clippy::unwrap_used,
+    clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
     reason = "a benchmark that panics has no result"
@@ -17,6 +18,9 @@ mod plugins;
 #[path = "../tests/it/support/postgres.rs"]
 #[expect(dead_code, clippy::expect_used, reason = "tests use more of it, and one that panics has failed")]
 mod postgres;
+mod redis;
+#[path = "../tests/it/support/redis.rs"]
+mod redis_server;
 mod serve;
 mod soak;
 mod sqlite;
@@ -25,10 +29,11 @@ mod support;
 fn main() {
     // Cargo passes `--bench`; whatever else is given names the groups to run.
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let groups: [(&str, fn()); 7] = [
+    let groups: [(&str, fn()); 8] = [
         ("memory", memory::run),
         ("capture", capture::run),
         ("sqlite", sqlite::run),
+        ("redis", redis::run),
         ("plugins", plugins::run),
         ("plugins-delivery", delivery::run),
         ("plugins-isolation", isolation::run),

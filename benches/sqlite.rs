@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{ConnectOptions as _, Connection as _, Row as _, SqliteConnection};
 use tidegate::broker::Options;
+use tidegate::provider::Provider;
 use tidegate::provider::sqlite::{self, SqliteProvider};
 use tidegate::{Broker, Event, EventType, Handler, Metrics, Payload, Source, Subscription, native};
 use tokio::runtime::Runtime;
@@ -54,12 +55,14 @@ fn drain_and_singles(runtime: &Runtime) {
     );
 }
 
-struct Rig {
-    broker: Broker,
+/// A broker over a store.
+pub(crate) struct Rig {
+    pub(crate) broker: Broker,
     metrics: Metrics,
-    stop: Arc<Notify>,
+    pub(crate) stop: Arc<Notify>,
     service: Option<tidegate::broker::Service>,
-    _folder: tempfile::TempDir,
+    /// What goes with the rig.
+    _folder: Option<tempfile::TempDir>,
 }
 
 impl Rig {
@@ -67,23 +70,27 @@ impl Rig {
         let folder = tempfile::tempdir().unwrap();
         let url = format!("sqlite://{}", folder.path().join("bench.db").display());
         let provider = SqliteProvider::open(sqlite::Options { url, ..sqlite::Options::default() }).await.unwrap();
+        Self { _folder: Some(folder), ..Self::over(Arc::new(provider)).await }
+    }
+
+    pub(crate) async fn over(provider: Arc<dyn Provider>) -> Self {
         let options = Options {
             instance_id: "bench".into(),
             buffer_size: NonZeroUsize::new(4_000).unwrap(),
             ..Options::default()
         };
         let metrics = Metrics::default();
-        let (broker, service) = Broker::open(Arc::new(provider), options, metrics.clone()).await.unwrap();
-        Self { broker, metrics, stop: Arc::default(), service: Some(service), _folder: folder }
+        let (broker, service) = Broker::open(provider, options, metrics.clone()).await.unwrap();
+        Self { broker, metrics, stop: Arc::default(), service: Some(service), _folder: None }
     }
 
-    fn run(&mut self) -> tokio::task::JoinHandle<tidegate::Result<()>> {
+    pub(crate) fn run(&mut self) -> tokio::task::JoinHandle<tidegate::Result<()>> {
         let stop = Arc::clone(&self.stop);
         tokio::spawn(self.service.take().unwrap().run(async move { stop.notified().await }))
     }
 
     /// Subscribes a handler; the notification comes after the `all`-th call.
-    async fn subscribe(&self, all: usize, handler: Arc<dyn Handler>) -> Arc<Notify> {
+    pub(crate) async fn subscribe(&self, all: usize, handler: Arc<dyn Handler>) -> Arc<Notify> {
         let (handled, done) = (AtomicUsize::new(0), Arc::new(Notify::new()));
         let notify = Arc::clone(&done);
         let handler = support::watched(handler, move |_| {
@@ -96,7 +103,7 @@ impl Rig {
     }
 
     /// Waits until so many attempts are settled. The metrics tell without asking the store, which is busy.
-    async fn completed(&self, count: usize) {
+    pub(crate) async fn completed(&self, count: usize) {
         let line = format!("tidegate_attempts_total{{subscription=\"all\",verdict=\"ok\"}} {count}");
         while !self.metrics.encode().lines().any(|found| found == line) {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -104,7 +111,7 @@ impl Rig {
     }
 }
 
-fn event() -> Event {
+pub(crate) fn event() -> Event {
     let event_type: EventType = "shop.orders.create".parse().unwrap();
     Event::new(Source::Internal, event_type, Payload::json_text(support::payload()).unwrap())
 }

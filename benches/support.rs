@@ -7,8 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tidegate::broker::{Broker, Options};
+use tidegate::delivery::{Attempt, Next, Trace};
 use tidegate::handler::Outcome;
 use tidegate::provider::memory::{self, MemoryProvider};
+use tidegate::provider::{Lease, Settlement};
 use tidegate::{Call, Event, Handler, Metrics, Verdict};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -49,6 +51,22 @@ pub(crate) fn compare(what: &str, goal: &str, mut ours: impl FnMut() -> f64, mut
     let (a, b) = (median(rows.iter().map(|row| row.0).collect()), median(rows.iter().map(|row| row.1).collect()));
     println!("{what:<72} ours {a:>10.0}/s  other {b:>10.0}/s  ratio {ratio:>6.2}  goal {goal}");
     ratio
+}
+
+/// The end of an attempt that succeeded.
+pub(crate) fn success(lease: Lease) -> Settlement {
+    let attempt = Attempt {
+        number: lease.number,
+        verdict: Verdict::Ok,
+        started_at: tidegate::event::now(),
+        duration_us: 1_000,
+        worker: "bench".into(),
+        error: None,
+        reply: None,
+        trace: Trace::default(),
+    };
+    let attempt = Some(attempt);
+    Settlement { key: lease.key, next: Next::Complete, attempt, published: Vec::new(), writes: Vec::new() }
 }
 
 /// How many a second `count` in the time since `began` are.

@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, RwLock, RwLockReadGuard};
@@ -145,8 +146,9 @@ pub(super) struct Router {
     /// Held for reading from matching to append, and for writing while subscriptions change: once a change returns, no
     /// event is stored for the subscriptions that were.
     gate: RwLock<()>,
-    /// Held by whoever changes subscriptions, so that changes come one after the other.
-    changing: Mutex<()>,
+    /// Held by whoever changes subscriptions, so that changes come one after the other. Names the log that the
+    /// subscriptions were last read beside.
+    changing: Mutex<Option<Arc<str>>>,
 }
 
 impl Router {
@@ -187,7 +189,12 @@ impl Router {
 
     /// Reads what other instances changed, and returns what is new or different here.
     pub(super) async fn refresh(&self, provider: &dyn Provider) -> Result<Changed> {
-        let _changing = self.changing.lock().await;
+        let mut log = self.changing.lock().await;
+        let epoch = provider.read(0, 0).await?.epoch;
+        if log.as_ref().is_some_and(|log| *log != epoch) {
+            self.restore(provider).await?;
+        }
+        *log = Some(epoch);
         let (old, mut known, mut changed) = (self.routes.load_full(), BTreeMap::new(), Changed::default());
         let mut after: Option<String> = None;
         loop {
@@ -211,6 +218,21 @@ impl Router {
             self.install(known).await;
         }
         Ok(changed)
+    }
+
+    /// Keeps the subscriptions when the store was emptied under them: their handlers are still here, and nobody else would
+    /// declare them again.
+    async fn restore(&self, provider: &dyn Provider) -> Result<()> {
+        let all = self.all();
+        tracing::warn!(count = all.len(), "the store was made anew, without its events; keeping the subscriptions");
+        for known in all {
+            let name = &known.subscription.name;
+            match provider.put_document(COLLECTION, name, document(name, &known.stored)?, Expect::Absent, None).await {
+                Ok(_) | Err(Error::Conflict { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Adds or replaces a declaration. Says whether the subscription is new.
@@ -272,9 +294,7 @@ impl Router {
                 return Ok(self.take_over(known).await);
             }
             let expect = current.map_or(Expect::Absent, |document| Expect::Revision(document.revision));
-            let value = serde_json::to_vec(&stored)
-                .map_err(|error| Error::invalid("subscription", name, format!("has no JSON form: {error}")))?;
-            match provider.put_document(COLLECTION, name, value.into(), expect, None).await {
+            match provider.put_document(COLLECTION, name, document(name, &stored)?, expect, None).await {
                 Ok(revision) => return Ok(self.take_over(Known::new(stored, revision)?).await),
                 Err(Error::Conflict { .. }) => {}
                 Err(error) => return Err(error),
@@ -295,6 +315,12 @@ impl Router {
         let _gate = self.gate.write().await;
         self.routes.store(Routes::of(known));
     }
+}
+
+fn document(name: &str, stored: &Stored) -> Result<Bytes> {
+    let value = serde_json::to_vec(stored)
+        .map_err(|error| Error::invalid("subscription", name, format!("has no JSON form: {error}")))?;
+    Ok(value.into())
 }
 
 /// What a refresh found.

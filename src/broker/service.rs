@@ -12,7 +12,6 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::{Shared, attempt, dispatch, inbox, maintenance, publish, settle};
 use crate::error::{Error, Result};
-use crate::provider::Durability;
 
 /// The work behind a [`Broker`](super::Broker). Runs once.
 #[must_use = "events are handled while the service runs"]
@@ -75,7 +74,7 @@ impl Service {
 /// Waits for attempts in progress, at most for the grace.
 async fn drain(shared: &Arc<Shared>, workers: &mut JoinSet<()>) {
     let work = async {
-        if shared.capabilities.durability == Durability::Process {
+        if shared.capabilities.ends_with_process() {
             dispatch::drain(shared).await;
         }
         shared.lanes.close();

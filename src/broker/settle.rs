@@ -24,7 +24,7 @@ use crate::error::Result;
 use crate::event::{EventType, Source};
 use crate::handler::{Effects, Outcome, Publish};
 use crate::metrics::TypeMetrics;
-use crate::provider::{Append, Durability, Lease, LeaseKey, Settled, Settlement};
+use crate::provider::{Append, Lease, LeaseKey, Settled, Settlement};
 use crate::retry;
 use crate::subscription;
 
@@ -272,7 +272,7 @@ impl Shared {
     /// Writes the batch, patiently. `None` when the store kept failing: the leases expire, and others take over.
     async fn write(&self, fates: &[Fate], settlements: Vec<Settlement>) -> Option<Vec<Settled>> {
         // Memory does not fail for a while: there is nothing to try again, and nothing to keep for it.
-        let tries = if self.capabilities.durability == Durability::Process { 1 } else { TRIES };
+        let tries = if self.capabilities.ends_with_process() { 1 } else { TRIES };
         let (mut batch, mut pause) = (settlements, FIRST_PAUSE);
         for left in (0..tries).rev() {
             let this = if left == 0 { std::mem::take(&mut batch) } else { batch.clone() };

@@ -26,6 +26,7 @@ use crate::metrics::Metrics;
 use crate::provider::Provider;
 use crate::provider::memory::MemoryProvider;
 use crate::provider::postgres::PostgresProvider;
+use crate::provider::redis::RedisProvider;
 use crate::provider::sqlite::SqliteProvider;
 
 const SETTINGS: &str = "Every setting of the configuration can be given in the environment too: TIDEGATE_PROVIDER, \
@@ -138,6 +139,7 @@ pub(super) async fn open_provider(config: &Config) -> Result<Arc<dyn Provider>> 
         ProviderUrl::Memory => Ok(Arc::new(MemoryProvider::open(config.memory.clone())?)),
         ProviderUrl::Sqlite => Ok(Arc::new(SqliteProvider::open(config.sqlite.clone()).await?)),
         ProviderUrl::Postgres => Ok(Arc::new(PostgresProvider::open(config.postgres.clone()).await?)),
+        ProviderUrl::Redis => Ok(Arc::new(RedisProvider::open(config.redis.clone()).await?)),
     }
 }
 

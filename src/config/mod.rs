@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::provider::{memory, postgres, sqlite};
+use crate::provider::{memory, postgres, redis, sqlite};
 use crate::{broker, host, http, metrics};
 
 pub use tree::Setting;
@@ -31,7 +31,7 @@ pub struct Config {
     pub enabled: bool,
     /// Where HTTP is served.
     pub listen: SocketAddr,
-    /// The store, as a URL: `memory:`, `sqlite://PATH` or `postgres://USER:PASSWORD@HOST/DATABASE`.
+    /// The store, as a URL: `memory:`, `sqlite://PATH`, `postgres://USER:PASSWORD@HOST/DATABASE` or `redis://HOST`.
     pub provider: String,
     /// Names this process; empty for the host's name. `${NAME}` is replaced by that environment variable.
     pub instance_id: String,
@@ -49,6 +49,8 @@ pub struct Config {
     pub sqlite: sqlite::Options,
     /// The store in a PostgreSQL database.
     pub postgres: postgres::Options,
+    /// The store in a Redis server.
+    pub redis: redis::Options,
     /// What runs plugins.
     pub host: host::Options,
     /// What each plugin is granted and configured with, by its name.
@@ -102,6 +104,7 @@ impl Default for Config {
             memory: memory::Options::default(),
             sqlite: sqlite::Options::default(),
             postgres: postgres::Options::default(),
+            redis: redis::Options::default(),
             host: host::Options::default(),
             plugins: BTreeMap::new(),
         }
@@ -130,6 +133,8 @@ pub enum ProviderUrl {
     Sqlite,
     /// `postgres://…` or `postgresql://…`.
     Postgres,
+    /// `redis://HOST`, or `rediss://HOST` for TLS.
+    Redis,
 }
 
 impl ProviderUrl {
@@ -138,7 +143,8 @@ impl ProviderUrl {
     /// # Errors
     /// [`Error::Invalid`] naming `provider`: an unknown scheme, one that this version does not serve, or no path.
     pub fn parse(url: &str) -> Result<Self> {
-        let served = "this version serves memory:, sqlite://PATH and postgres://USER:PASSWORD@HOST/DATABASE";
+        let served =
+            "this version serves memory:, sqlite://PATH, postgres://USER:PASSWORD@HOST/DATABASE and redis://HOST";
         let refuse = |reason: String| Err(Error::invalid("provider", secrets::without_password(url), reason));
         let (scheme, rest) = url.split_once(':').unwrap_or((url, ""));
         match (scheme, rest.strip_prefix("//").unwrap_or(rest)) {
@@ -157,7 +163,10 @@ impl ProviderUrl {
                  postgres://USER:PASSWORD@HOST/DATABASE"
                     .to_owned(),
             ),
-            ("redis" | "rediss" | "nats", _) => {
+            ("redis" | "rediss", "") => refuse(format!("names no server: write {scheme}://HOST:PORT")),
+            ("redis" | "rediss", rest) if url.len() == scheme.len() + 3 + rest.len() => Ok(Self::Redis),
+            ("redis" | "rediss", _) => refuse(format!("must be {scheme}://HOST:PORT")),
+            ("nats", _) => {
                 refuse(format!("provider {scheme} is not served; {served}"))
             }
             _ => refuse(format!("unknown provider: {scheme}; {served}")),
@@ -219,6 +228,7 @@ impl Config {
         config.broker.max_depth = config.limits.max_depth;
         config.sqlite.url.clone_from(&config.provider);
         config.postgres.url.clone_from(&config.provider);
+        config.redis.url.clone_from(&config.provider);
         config.host.plugins.clone_from(&config.plugins);
         config.host.max_payload = config.limits.max_payload.as_u64();
         config.host.user_cache = sources.user_cache();

@@ -1,7 +1,7 @@
 //! The original broker's YAML, `event_broker:` …, translated into our tree.
 //!
-//! Every key that it knew is read and checked. What configures a store that this version does not serve, or does not
-//! use, has no counterpart and goes no further.
+//! Every key that it knew is read and checked. What configures a store that this version does not serve, or that is not
+//! the one in use, has no counterpart and goes no further.
 
 use std::time::Duration;
 
@@ -26,8 +26,7 @@ struct Original {
     buffer_size: u64,
     instance_id: String,
     retry_policy: Retry,
-    #[serde(rename = "redis")]
-    _redis: Option<Redis>,
+    redis: Option<Redis>,
     #[serde(rename = "nats")]
     _nats: Option<Nats>,
     database: Option<Database>,
@@ -43,7 +42,7 @@ impl Default for Original {
             buffer_size: 1_000,
             instance_id: String::new(),
             retry_policy: Retry::default(),
-            _redis: None,
+            redis: None,
             _nats: None,
             database: None,
         }
@@ -72,16 +71,52 @@ impl Default for Retry {
     }
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Redis {
     stream_name: String,
-    consumer_group: String,
-    max_len: i64,
+    /// Subscriptions are what groups were.
+    #[serde(rename = "consumer_group")]
+    _consumer_group: String,
+    max_len: Option<i64>,
     host: String,
     port: u16,
     password: String,
     db: u32,
+}
+
+impl Default for Redis {
+    fn default() -> Self {
+        Self {
+            stream_name: "resolvespec:events".to_owned(),
+            _consumer_group: String::new(),
+            max_len: None,
+            host: "localhost".to_owned(),
+            port: 6379,
+            password: String::new(),
+            db: 0,
+        }
+    }
+}
+
+impl Redis {
+    fn url(&self) -> String {
+        // An address of IP version 6 stands in brackets in a URL, and need not have any here.
+        let is_bare = self.host.contains(':') && !self.host.starts_with('[');
+        let host = if is_bare { format!("[{}]", self.host) } else { self.host.clone() };
+        format!("redis://{host}:{}/{}", self.port, self.db)
+    }
+
+    fn table(&self) -> Value {
+        let mut table = json!({ "namespace": self.stream_name });
+        if let Value::Object(table) = &mut table {
+            if !self.password.is_empty() {
+                table.insert("password".to_owned(), self.password.clone().into());
+            }
+            table.extend(self.max_len.map(|max_len| ("max_len".to_owned(), max_len.into())));
+        }
+        table
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -121,10 +156,13 @@ pub(super) fn translate(mut root: Map<String, Value>) -> Result<Value> {
     let original: Original = tree::read(section, &[], None).map_err(|error| super::within(ROOT, error))?;
     let poll = original.database.and_then(|database| database.poll_interval).filter(|every| !every.is_zero());
     let postgres = poll.map_or_else(|| json!({}), |every| json!({"poll_interval": format!("{}us", every.as_micros())}));
+    let is_redis = original.provider == "redis";
+    let redis = is_redis.then(|| original.redis.unwrap_or_default());
     Ok(json!({
         "postgres": postgres,
         "enabled": original.enabled,
-        "provider": provider(&original.provider)?,
+        "provider": redis.as_ref().map_or_else(|| provider(&original.provider), |redis| Ok(redis.url()))?,
+        "redis": redis.as_ref().map_or_else(|| json!({}), Redis::table),
         "instance_id": original.instance_id,
         "broker": {
             "mode": original.mode,
@@ -138,7 +176,7 @@ pub(super) fn translate(mut root: Map<String, Value>) -> Result<Value> {
 /// The URL of a store that the original knew by name. Whether it is served is not decided here.
 fn provider(name: &str) -> Result<String> {
     match name {
-        "memory" | "redis" | "nats" | "database" => Ok(format!("{name}:")),
+        "memory" | "nats" | "database" => Ok(format!("{name}:")),
         other => Err(Error::invalid("event_broker.provider", other, format!("unknown provider: {other}"))),
     }
 }

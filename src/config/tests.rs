@@ -69,12 +69,31 @@ fn the_original_brokers_defaults_are_kept() {
     assert!(load(".yaml", "event_broker:\n", &[]).is_ok());
 }
 
+/// BEHAVIOURS F8, E9.
+#[test]
+fn the_original_brokers_redis_is_ours() {
+    let redis =
+        ORIGINAL.replace("provider: memory", "provider: redis").replace("password: \"\"", "password: \"p@ss/1\"");
+    let config = load(".yaml", &redis, &[]).unwrap();
+    assert_eq!(config.provider, "redis://localhost:6379/0");
+    assert_eq!((config.redis.namespace.as_str(), config.redis.max_len), ("resolvespec:events", Some(10_000)));
+    assert_eq!((config.redis.password.as_deref(), &config.redis.url), (Some("p@ss/1"), &config.provider));
+    assert!(!config.to_toml().unwrap().contains("p@ss"));
+    let short = load(".yaml", "event_broker: {provider: redis}\n", &[]).unwrap();
+    assert_eq!((short.provider.as_str(), short.redis.max_len), ("redis://localhost:6379/0", None));
+    let own =
+        load(".toml", "provider = \"rediss://:hunter2@db:1/2?namespace=x\"\n[redis]\ndurability = \"storage\"", &[])
+            .unwrap();
+    assert!(!own.to_toml().unwrap().contains("hunter2"), "{}", own.to_toml().unwrap());
+    assert_eq!(own.redis.durability, Some(crate::provider::Durability::Storage));
+}
+
 /// BEHAVIOURS F8.
 #[test]
 fn a_provider_that_is_not_served_is_named() {
     let with = |name: &str| refused(".yaml", &ORIGINAL.replace("provider: memory", &format!("provider: {name}")), &[]);
     assert!(with("kafka").contains("unknown provider: kafka"));
-    for name in ["redis", "nats"] {
+    for name in ["nats"] {
         let error = with(name);
         assert!(
             error.contains(&format!("provider {name} is not served")) && error.contains("sqlite://PATH"),
@@ -89,6 +108,8 @@ fn a_provider_that_is_not_served_is_named() {
         ("sqlite:", "names no file"),
         ("sqlite:x.db", "must be sqlite://PATH"),
         ("memory:x", "nothing behind it"),
+        ("redis:", "names no server"),
+        ("redis:localhost", "must be redis://HOST"),
         ("", "unknown provider: "),
     ] {
         let error = refused(".toml", &format!("provider = \"{url}\""), &[]);

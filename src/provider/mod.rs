@@ -29,7 +29,9 @@
 pub mod conformance;
 pub mod inbox;
 pub mod memory;
+mod recent;
 pub mod postgres;
+pub mod redis;
 pub mod rules;
 pub mod sqlite;
 
@@ -39,7 +41,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::delivery::{Attempt, Delivery, EventDetail, EventRecord, KvWrite, Next, Status, Verdict};
@@ -218,8 +220,16 @@ pub enum Inbox {
     Polled,
 }
 
+impl Capabilities {
+    /// Whether the store is a part of this process, and gone with it.
+    #[must_use]
+    pub fn ends_with_process(&self) -> bool {
+        self.durability == Durability::Process && !self.shared
+    }
+}
+
 /// What an acknowledged write survives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Durability {
     /// Nothing: it is gone with the process.

@@ -1,5 +1,6 @@
-//! A real server on SQLite, killed again and again while events come in and plugins handle them.
+//! A real server on SQLite and on Redis, killed again and again while events come in and plugins handle them.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use serde_json::Value;
 
 use crate::support::history::History;
 use crate::support::orders;
+use crate::support::redis::RedisServer;
 use crate::support::server::Server;
 
 const ROUNDS: u64 = 20;
@@ -18,23 +20,43 @@ const PUBLISHERS: usize = 4;
 async fn twenty_kills_lose_no_acknowledged_event_and_complete_none_twice() {
     let folder = tempfile::tempdir().unwrap();
     let provider = format!("sqlite://{}", folder.path().join("tidegate.db").display());
-    let arguments = orders::prepare(folder.path(), "only", &provider);
+    kills(folder.path(), &provider, None).await;
+}
+
+/// The same on Redis with `appendfsync always`, which is killed in every fourth round too.
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_kills_of_the_host_and_five_of_redis_lose_no_acknowledged_event() {
+    let folder = tempfile::tempdir().unwrap();
+    let redis = RedisServer::start(&["--appendonly", "yes", "--appendfsync", "always"]);
+    kills(folder.path(), &redis.url(), Some(redis)).await;
+}
+
+async fn kills(folder: &Path, provider: &str, mut redis: Option<RedisServer>) {
+    let arguments = orders::prepare(folder, "only", provider);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let history = Arc::new(History::default());
     let mut rng = rand::rngs::SmallRng::seed_from_u64(20);
     for round in 0..ROUNDS {
-        let server = Arc::new(tokio::sync::Mutex::new(Server::start(folder.path(), &arguments).await));
+        let server = Arc::new(tokio::sync::Mutex::new(Server::start(folder, &arguments).await));
         let url = server.lock().await.url.clone();
-        let publishers: Vec<_> =
-            (0..PUBLISHERS).map(|p| tokio::spawn(publish(url.clone(), Arc::clone(&history), round, p))).collect();
+        let has_store = redis.is_none() || round % 4 != 3;
+        let publishers: Vec<_> = (0..PUBLISHERS)
+            .map(|p| tokio::spawn(publish(url.clone(), Arc::clone(&history), round, p, has_store)))
+            .collect();
         // The moment of the kill is what the test varies, not what it waits for.
         tokio::time::sleep(Duration::from_millis(rng.random_range(20..400))).await;
+        if let Some(redis) = redis.as_mut().filter(|_| !has_store) {
+            redis.kill();
+            tokio::time::sleep(Duration::from_millis(rng.random_range(0..200))).await;
+            redis.restart();
+            tokio::time::sleep(Duration::from_millis(rng.random_range(0..400))).await;
+        }
         server.lock().await.kill();
         for publisher in publishers {
             publisher.await.unwrap();
         }
     }
-    let server = Server::start(folder.path(), &arguments).await;
+    let server = Server::start(folder, &arguments).await;
     let details = orders::settled(&server).await;
     let log = server.all_events().await;
     assert!(history.count() > 200, "only {} events were acknowledged", history.count());
@@ -45,13 +67,17 @@ async fn twenty_kills_lose_no_acknowledged_event_and_complete_none_twice() {
     println!("{} acknowledged, {} in the log, {ROUNDS} kills", history.count(), log.len());
 }
 
-/// Publishes orders one after the other until the server is gone.
-async fn publish(url: String, history: Arc<History>, round: u64, publisher: usize) {
+/// Publishes orders one after the other until the server is gone. It may refuse only while it has no store.
+async fn publish(url: String, history: Arc<History>, round: u64, publisher: usize, has_store: bool) {
     let client = reqwest::Client::new();
     for n in 0.. {
         let (id, body) = orders::order(&format!("{round}-{publisher}-{n}"), n);
         history.attempting(&id);
         let Ok(answer) = client.post(format!("{url}/v1/events")).json(&body).send().await else { return };
+        if answer.status() != 202 && !has_store {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            continue;
+        }
         assert_eq!(answer.status(), 202, "{id}");
         let Ok(json) = answer.json::<Value>().await else { return };
         history.acknowledged(&id, json["seq"].as_u64().unwrap());

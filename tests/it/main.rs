@@ -22,6 +22,7 @@ mod house;
 mod instances;
 mod outbox;
 mod postgres;
+mod redis;
 mod relay;
 mod reload;
 mod replicas;

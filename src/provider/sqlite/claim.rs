@@ -7,13 +7,13 @@ use std::time::Duration;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row as _};
 
-use super::recent::Stored;
 use super::row::{EVENT_COLUMNS, SUBSCRIPTION_BITS, counter, delivery_id, event, seq_of, signed, unsigned};
 use super::settle::End;
 use super::statement::{Values, json_list};
 use super::writer::{Step, Tx, as_micros};
 use crate::delivery::Next;
 use crate::event::micros;
+use crate::provider::recent::Stored;
 use crate::provider::{ClaimRequest, Claimed, Lease, LeaseKey, Lost, Want, rules};
 use crate::subscription::Ordering;
 

@@ -11,7 +11,6 @@ mod inbox;
 mod open;
 mod operate;
 mod read;
-mod recent;
 mod row;
 mod settle;
 mod statement;
@@ -31,8 +30,8 @@ use sqlx::sqlite::SqlitePool;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use self::documents::Put;
-use self::recent::Recent;
 use self::writer::{Answer, Job, Request, Writer};
+use super::recent::Recent;
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
     Document, Documents, Durability, EventFilter, EventPage, Expect, Inbox, LeaseKey, LogPage, Provider, ProviderStats,

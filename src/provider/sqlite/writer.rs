@@ -15,8 +15,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::documents::Put;
-use super::recent::Recent;
 use crate::error::{Error, Result};
+use crate::provider::recent::Recent;
 use crate::provider::{
     Amendment, Append, Appended, ClaimRequest, Claimed, Clock, LeaseKey, Retention, Settled, Settlement,
 };

@@ -5,6 +5,7 @@ pub(crate) mod history;
 pub(crate) mod orders;
 pub(crate) mod postgres;
 pub(crate) mod proxy;
+pub(crate) mod redis;
 pub(crate) mod server;
 pub(crate) mod stream;
 pub(crate) mod tapped;

@@ -17,9 +17,9 @@ const BOUND: usize = 16 << 20;
 const OVERHEAD: usize = 1_024;
 
 /// An event and when it was appended.
-pub(super) struct Stored {
-    pub(super) event: Arc<Event>,
-    pub(super) appended_at: i64,
+pub(in crate::provider) struct Stored {
+    pub(in crate::provider) event: Arc<Event>,
+    pub(in crate::provider) appended_at: i64,
 }
 
 struct Kept {
@@ -31,7 +31,7 @@ struct Kept {
 
 /// The events kept, by seq.
 #[derive(Default)]
-pub(super) struct Recent {
+pub(in crate::provider) struct Recent {
     kept: BTreeMap<Seq, Kept>,
     size: usize,
 }
@@ -42,7 +42,7 @@ fn size(event: &Event) -> usize {
 
 impl Recent {
     /// Keeps an event that gets deliveries.
-    pub(super) fn keep(&mut self, seq: Seq, append: &Append, now: i64) {
+    pub(in crate::provider) fn keep(&mut self, seq: Seq, append: &Append, now: i64) {
         let unclaimed = append.subscriptions.len();
         if unclaimed == 0 {
             return;
@@ -58,7 +58,7 @@ impl Recent {
     }
 
     /// The event of a delivery that is claimed, if it is here.
-    pub(super) fn claim(&mut self, seq: Seq) -> Option<Stored> {
+    pub(in crate::provider) fn claim(&mut self, seq: Seq) -> Option<Stored> {
         let kept = self.kept.get_mut(&seq)?;
         kept.unclaimed = kept.unclaimed.saturating_sub(1);
         let stored = Stored { event: Arc::clone(&kept.event), appended_at: kept.appended_at };
@@ -70,7 +70,7 @@ impl Recent {
     }
 
     /// Forgets all: a transaction was rolled back, and some of it may not be in the file.
-    pub(super) fn clear(&mut self) {
+    pub(in crate::provider) fn clear(&mut self) {
         *self = Self::default();
     }
 }

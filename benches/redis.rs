@@ -1,0 +1,238 @@
+//! The broker and its Redis provider against the same work by hand, on the same private server.
+//!
+//! `cargo bench -- redis`; needs `redis-server`. By hand means the shortest honest code over the same store: a stream with
+//! one consumer group and a status per event, `MULTI` of 500 to publish and to complete, one read of 500 to claim; no broker,
+//! no matching, no retries, no leases, no attempts kept.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ::redis::aio::MultiplexedConnection;
+use ::redis::{Cmd, Value};
+use tidegate::provider::redis::{Options, RedisProvider};
+use tidegate::provider::{Append, ClaimRequest, Documents as _, Expect, Provider, Retention, Want};
+use tidegate::subscription::Ordering;
+use tidegate::{Event, Payload, Source, Subscription, native};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+
+use crate::redis_server::RedisServer;
+use crate::sqlite::{Rig, event, idle};
+use crate::support;
+
+const BATCH: usize = 500;
+const PACED: usize = 150;
+const KEPT: usize = 20_000;
+
+pub(crate) fn run() {
+    if std::process::Command::new("redis-server").arg("--version").output().is_err() {
+        println!("redis-server is not installed: rows against it are left out");
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    for (fsync, goal, events) in [("always", "≥ 0.4 of by hand", 20_000), ("everysec", "≥ 0.35 of by hand", 50_000)]
+    {
+        let server = RedisServer::start(&["--appendonly", "yes", "--appendfsync", fsync]);
+        support::compare(
+            &format!("Redis {fsync}, publish → claim → settle in batches, native handler"),
+            goal,
+            || runtime.block_on(batches(&server, events)),
+            || runtime.block_on(batches_by_hand(&server, events)),
+        );
+        latency(&runtime, &server, fsync);
+    }
+    runtime.block_on(memory());
+}
+
+async fn connect(server: &RedisServer) -> MultiplexedConnection {
+    ::redis::Client::open(server.url()).unwrap().get_multiplexed_async_connection().await.unwrap()
+}
+
+/// A provider on an emptied server.
+async fn provider(server: &RedisServer) -> Arc<RedisProvider> {
+    ::redis::cmd("FLUSHALL").exec_async(&mut connect(server).await).await.unwrap();
+    Arc::new(RedisProvider::open(Options { url: server.url(), ..Options::default() }).await.unwrap())
+}
+
+/// Publishes in batches while the handler runs, until all is settled.
+async fn batches(server: &RedisServer, count: usize) -> f64 {
+    let mut rig = Rig::over(provider(server).await).await;
+    let done = rig.subscribe(count, idle()).await;
+    let running = rig.run();
+    let began = Instant::now();
+    for _ in 0..count / BATCH {
+        rig.broker.publish_batch((0..BATCH).map(|_| event()).collect()).await.unwrap();
+    }
+    done.notified().await;
+    rig.completed(count).await;
+    let rate = support::per_second(count, began);
+    rig.stop.notify_one();
+    running.await.unwrap().unwrap();
+    rate
+}
+
+/// An emptied server with a stream and a group.
+async fn by_hand(server: &RedisServer) -> MultiplexedConnection {
+    let mut connection = connect(server).await;
+    ::redis::cmd("FLUSHALL").exec_async(&mut connection).await.unwrap();
+    let mut group = ::redis::cmd("XGROUP");
+    group.arg("CREATE").arg("s").arg("g").arg("0").arg("MKSTREAM");
+    group.exec_async(&mut connection).await.unwrap();
+    connection
+}
+
+async fn publish_by_hand(connection: &mut MultiplexedConnection, first: usize, count: usize, payload: &str) {
+    let mut commands = ::redis::pipe();
+    commands.atomic();
+    for seq in first..first + count {
+        let place = format!("{seq}-0");
+        let id = uuid::Uuid::now_v7().to_string();
+        commands.cmd("XADD").arg("s").arg(&place).arg("id").arg(id).arg("type").arg("shop.orders.create");
+        commands.arg("payload").arg(payload).ignore();
+        commands.cmd("HSET").arg("status").arg(&place).arg("0").ignore();
+    }
+    commands.exec_async(connection).await.unwrap();
+}
+
+/// The places of what is read, and how many bytes came with them.
+async fn claim_by_hand(connection: &mut MultiplexedConnection, block: Option<usize>) -> Vec<String> {
+    let mut read: Cmd = ::redis::cmd("XREADGROUP");
+    read.arg("GROUP").arg("g").arg("c").arg("COUNT").arg(BATCH);
+    if let Some(millis) = block {
+        read.arg("BLOCK").arg(millis);
+    }
+    read.arg("STREAMS").arg("s").arg(">");
+    let answer: Value = read.query_async(connection).await.unwrap();
+    let list = |value: &Value| value.as_sequence().unwrap_or_default().to_vec();
+    let stream = list(&answer).into_iter().next().unwrap_or_default();
+    let entries = list(&stream).into_iter().nth(1).unwrap_or_default();
+    let place = |entry: &Value| match list(entry).into_iter().next() {
+        Some(Value::BulkString(place)) => String::from_utf8(place).unwrap(),
+        other => panic!("{other:?}"),
+    };
+    list(&entries).iter().map(place).collect()
+}
+
+async fn complete_by_hand(connection: &mut MultiplexedConnection, places: &[String]) {
+    let mut commands = ::redis::pipe();
+    commands.atomic();
+    for place in places {
+        commands.cmd("XACK").arg("s").arg("g").arg(place).ignore();
+        commands.cmd("HSET").arg("status").arg(place).arg("2").ignore();
+    }
+    commands.exec_async(connection).await.unwrap();
+}
+
+async fn batches_by_hand(server: &RedisServer, count: usize) -> f64 {
+    let mut connection = by_hand(server).await;
+    let payload = support::payload();
+    let began = Instant::now();
+    for batch in 0..count / BATCH {
+        publish_by_hand(&mut connection, batch * BATCH + 1, BATCH, &payload).await;
+        let places = claim_by_hand(&mut connection, None).await;
+        assert_eq!(places.len(), BATCH);
+        complete_by_hand(&mut connection, &places).await;
+    }
+    support::per_second(count, began)
+}
+
+/// Time from publish to the start of the handler, at 50 a second.
+fn latency(runtime: &Runtime, server: &RedisServer, fsync: &str) {
+    let mut rows = Vec::new();
+    for _ in 0..support::PAIRS {
+        rows.push((runtime.block_on(pick_up(server)), runtime.block_on(pick_up_by_hand(server))));
+    }
+    for share in [0.5, 0.99] {
+        let of = |times: &Vec<Duration>| support::quantile(times.clone(), share).as_secs_f64() * 1e3;
+        let (ours, other): (Vec<f64>, Vec<f64>) = rows.iter().map(|(a, b)| (of(a), of(b))).unzip();
+        let ratio = support::median(ours.iter().zip(&other).map(|(a, b)| a / b).collect());
+        let what = format!("Redis {fsync}, pick-up latency at 50/s, p{}", share * 100.0);
+        let (ours, other) = (support::median(ours), support::median(other));
+        println!("{what:<72} ours {ours:>8.2} ms    other {other:>8.2} ms    ratio {ratio:>6.2}  no goal");
+    }
+}
+
+async fn pick_up(server: &RedisServer) -> Vec<Duration> {
+    let mut rig = Rig::over(provider(server).await).await;
+    let (send, mut receive) = mpsc::unbounded_channel();
+    let handler = native(move |call: tidegate::Call| {
+        let sent: u128 = call.event.payload.parse().unwrap_or_default();
+        send.send((sent, Instant::now())).ok();
+        async { Ok(()) }
+    });
+    rig.broker.subscribe(Subscription::new("all", "*".parse().unwrap()), handler).await.unwrap();
+    let running = rig.run();
+    let mut ticks = tokio::time::interval(Duration::from_millis(20));
+    let base = Instant::now();
+    let mut times = Vec::new();
+    for _ in 0..PACED {
+        ticks.tick().await;
+        let payload = Payload::json(&base.elapsed().as_nanos()).unwrap();
+        rig.broker.publish(Event::new(Source::Internal, "a.b".parse().unwrap(), payload)).await.unwrap();
+        let (sent, at) = receive.recv().await.unwrap();
+        times.push(at.duration_since(base).saturating_sub(Duration::from_nanos(sent as u64)));
+    }
+    rig.stop.notify_one();
+    running.await.unwrap().unwrap();
+    times
+}
+
+async fn pick_up_by_hand(server: &RedisServer) -> Vec<Duration> {
+    let mut publisher = by_hand(server).await;
+    let mut worker_connection = connect(server).await;
+    let (started, mut starts) = mpsc::unbounded_channel();
+    let worker = tokio::spawn(async move {
+        let mut seen = 0;
+        while seen < PACED {
+            let places = claim_by_hand(&mut worker_connection, Some(400)).await;
+            started.send(Instant::now()).unwrap();
+            seen += places.len();
+            complete_by_hand(&mut worker_connection, &places).await;
+        }
+    });
+    let mut ticks = tokio::time::interval(Duration::from_millis(20));
+    let mut times = Vec::new();
+    for n in 0..PACED {
+        ticks.tick().await;
+        let began = Instant::now();
+        publish_by_hand(&mut publisher, n + 1, 1, "1").await;
+        times.push(starts.recv().await.unwrap().duration_since(began));
+    }
+    worker.await.unwrap();
+    times
+}
+
+/// What the server keeps in memory per delivery that is open, per event that is finished, and after retention ran.
+async fn memory() {
+    let server = RedisServer::start(&["--appendonly", "no"]);
+    let provider = provider(&server).await;
+    // What is there without any event, documents included.
+    provider.put_document("c", "k", "v".into(), Expect::Any, None).await.unwrap();
+    let used = async || provider.stats().await.unwrap().provider_specific["used_memory"].as_f64().unwrap();
+    let empty = used().await;
+    let names: Arc<[Arc<str>]> = [Arc::from("all")].into();
+    let append = || Append { event: event(), subscriptions: Arc::clone(&names) };
+    let mut rows = Vec::new();
+    for _ in 0..3 {
+        for _ in 0..KEPT / BATCH {
+            provider.append((0..BATCH).map(|_| append()).collect()).await.unwrap();
+        }
+        let open = used().await;
+        let want = Want { subscription: "all".into(), room: KEPT, ordering: Ordering::None };
+        let request = ClaimRequest { worker: "w".into(), lease: Duration::from_secs(600), wants: vec![want] };
+        let leases = provider.claim(&request).await.unwrap().leases;
+        assert_eq!(leases.len(), KEPT);
+        provider.settle(leases.into_iter().map(support::success).collect()).await.unwrap();
+        let finished = used().await;
+        provider.prune(&Retention { max_age: None, max_events: Some(0) }).await.unwrap();
+        rows.push([open, finished, used().await]);
+    }
+    let per = |bytes: f64| (bytes - empty) / KEPT as f64;
+    for (round, [open, finished, pruned]) in rows.into_iter().enumerate() {
+        let (open, finished, pruned) = (per(open), per(finished), per(pruned));
+        println!(
+            "Redis memory, round {round}: {open:.0} bytes per open delivery, {finished:.0} per finished event, {pruned:.0} after retention (payload {} bytes)",
+            support::payload().len()
+        );
+    }
+}

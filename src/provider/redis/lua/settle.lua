@@ -1,0 +1,152 @@
+-- Applies the ends of attempts, each by itself. ARGV[4] begins the lists of subscriptions that published events go to; then
+-- the number of settlements and the number of names, the names of their subscriptions, and of each settlement: the place
+-- of its name, seq, token, kind (c, f, r or l), delay, 1 for an infrastructure fault, the attempt's number, its record, 1
+-- for a success whose writes can never be applied, the number of writes and of published events, then these. Answers with a
+-- letter each: o(pen event), d(one, event closed), s(tale), x (conflict); then of each conflict its place, the write's
+-- place, why, and what is stored.
+
+local chosen, at = read_lists(4)
+local total, name_count = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
+local names = {}
+for i = 1, name_count do
+  names[i] = ARGV[at + 1 + i]
+end
+local ids = fetch(P .. 'subs', names)
+at = at + 2 + name_count
+
+local ends, wanted, seqs = {}, lists(), {}
+for i = 1, total do
+  local sub, seq = ids[tonumber(ARGV[at])], ARGV[at + 1]
+  local one = { sub = sub, seq = seq, at = at, writes = tonumber(ARGV[at + 9]), published = tonumber(ARGV[at + 10]) }
+  ends[i] = one
+  at = at + 11 + 4 * one.writes + 7 * one.published
+  if sub then
+    wanted[sub][#wanted[sub] + 1] = seq
+    seqs[#seqs + 1] = seq
+  end
+end
+for sub, list in pairs(wanted) do
+  load_deliveries(sub, list)
+end
+load_progress(seqs)
+
+-- A decimal integer as two numbers of ten digits with its sign, or nil for what is none of 64 bits.
+local function limbs(text)
+  local sign, digits = string.match(text, '^([+-]?)0*(%d*)$')
+  if not sign or #digits > 19 or not string.find(text, '%d') then return nil end
+  digits = string.rep('0', 20 - #digits) .. digits
+  local top = (sign == '-') and '09223372036854775808' or '09223372036854775807'
+  if digits > top then return nil end
+  local factor = (sign == '-') and -1 or 1
+  return factor * tonumber(string.sub(digits, 1, 10)), factor * tonumber(string.sub(digits, 11))
+end
+
+-- The sum of two decimal integers, or nil when it has no 64 bits.
+local function sum(one_high, one_low, by)
+  local by_high, by_low = limbs(by)
+  local high, low = one_high + by_high, one_low + by_low
+  if low >= 1e10 then high, low = high + 1, low - 1e10 elseif low <= -1e10 then high, low = high - 1, low + 1e10 end
+  if high > 0 and low < 0 then high, low = high - 1, low + 1e10 end
+  if high < 0 and low > 0 then high, low = high + 1, low - 1e10 end
+  local sign = (high < 0 or low < 0) and '-' or ''
+  local text = string.gsub(string.format('%010.0f%010.0f', math.abs(high), math.abs(low)), '^0+(%d)', '%1')
+  if not limbs(sign .. text) then return nil end
+  return sign .. text
+end
+
+-- What documents become: laid over what is stored by the settlements of this batch, in order.
+local laid, order = {}, {}
+
+local function stands(layer, place, collection, key)
+  local one = layer[place] or laid[place]
+  if one then return one.value, one.expires end
+  local value, _, expires = read_document(collection, key)
+  return value, expires
+end
+
+-- What the writes of a settlement lead to, or the place of the one that cannot be applied, why, and what is stored.
+local function plan(first, writes)
+  local layer, list = {}, {}
+  for i = 1, writes do
+    local from = first + 4 * (i - 1)
+    local collection, key, kind, text = ARGV[from], ARGV[from + 1], string.sub(ARGV[from + 2], 1, 1), ARGV[from + 3]
+    local place = ttl_entry(collection, key)
+    local becomes = { collection = collection, key = key, expires = 0 }
+    if kind == 's' then
+      local ttl = string.sub(ARGV[from + 2], 2)
+      becomes.value = text
+      if ttl ~= '' then becomes.expires = now + tonumber(ttl) end
+    elseif kind == 'i' then
+      local value, expires = stands(layer, place, collection, key)
+      if value then
+        local high, low = limbs(value)
+        if not high then return nil, { i, 'n', value } end
+        becomes.value = sum(high, low, text)
+        if not becomes.value then return nil, { i, 'o', value } end
+        becomes.expires = expires
+      else
+        becomes.value = text
+      end
+    end
+    layer[place] = becomes
+    list[#list + 1] = place
+  end
+  return layer, list
+end
+
+local answers, conflicts, published, unleased = {}, {}, {}, lists()
+allow_when_full()
+for i, one in ipairs(ends) do
+  local from, sub, seq = one.at, one.sub, one.seq
+  local d = sub and deliveries[sub][seq]
+  if not d or d[STAGE] ~= LEASED or d[TOKEN] ~= ARGV[from + 2] then
+    answers[i] = 's'
+  else
+    local kind, layer, list = ARGV[from + 3], {}, {}
+    if kind == 'c' and ARGV[from + 8] == '1' then
+      layer, list = nil, { 0, 'w', '' }
+    elseif kind == 'c' then
+      layer, list = plan(from + 11, one.writes)
+    end
+    if not layer then
+      answers[i] = 'x'
+      conflicts[#conflicts + 1] = int(i)
+      for _, part in ipairs(list) do
+        conflicts[#conflicts + 1] = tostring(part)
+      end
+    else
+      unleased[sub][#unleased[sub] + 1] = seq
+      for _, place in ipairs(list) do
+        laid[place] = layer[place]
+        order[#order + 1] = place
+      end
+      if ARGV[from + 6] ~= '' then
+        record(sub, seq, d, tonumber(ARGV[from + 6]), pack('<B', 1) .. ARGV[from + 7])
+      end
+      end_claim(sub, seq, d, kind, now + tonumber(ARGV[from + 4]), ARGV[from + 5] == '1')
+      answers[i] = (progress[seq][1] > 0) and 'o' or 'd'
+      if kind == 'c' then
+        for event = 1, one.published do
+          published[#published + 1] = from + 11 + 4 * one.writes + 7 * (event - 1)
+        end
+      end
+    end
+  end
+end
+for sub, list in pairs(unleased) do
+  many('ZREM', P .. 'l:' .. sub, list)
+end
+for _, place in ipairs(order) do
+  local one = laid[place]
+  if one and one.value then
+    put_document(one.collection, one.key, one.value, one.expires)
+  elseif one then
+    remove_document(one.collection, one.key)
+  end
+  laid[place] = nil
+end
+store_deliveries()
+store_progress()
+if #published > 0 then append_events(published, chosen) end
+finish(#published > 0)
+return { table.concat(answers), conflicts }
