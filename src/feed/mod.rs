@@ -19,10 +19,11 @@ mod ring;
 mod tail;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use foldhash::HashMap;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, Semaphore, broadcast, watch};
 
 use crate::error::{Error, Result};
@@ -196,11 +197,11 @@ struct Shared {
 
 impl Shared {
     fn ring(&self) -> MutexGuard<'_, ring::Ring> {
-        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+        self.ring.lock()
     }
 
     fn places(&self) -> MutexGuard<'_, HashMap<u64, Arc<AtomicU64>>> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+        self.places.lock()
     }
 
     fn is_ended(&self) -> bool {

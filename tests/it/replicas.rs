@@ -10,6 +10,8 @@ use serde_json::Value;
 
 use crate::support::history::History;
 use crate::support::orders;
+use crate::support::postgres::{Fsync, Postgres};
+use crate::support::redis::RedisServer;
 use crate::support::server::Server;
 
 const REPLICAS: usize = 3;
@@ -27,13 +29,14 @@ struct Replicas<'a> {
     history: Arc<History>,
 }
 
-/// Something that happens to one of the servers.
-#[derive(Debug, Clone, Copy)]
-enum Blow {
+/// Something that happens to one of the servers, or to the store.
+enum Blow<'a> {
     /// It is killed, and started again.
     Kill,
     /// It stops for longer than its leases last, and goes on as if nothing had happened.
     Freeze,
+    /// Whatever can happen to this store.
+    Store(&'a (dyn Fn() + Sync)),
 }
 
 impl<'a> Replicas<'a> {
@@ -48,7 +51,7 @@ impl<'a> Replicas<'a> {
         Self { folder, arguments, servers, urls: Arc::new(Mutex::new(urls)), history: Arc::default() }
     }
 
-    async fn strike(&mut self, blow: Blow, at: usize) {
+    async fn strike(&mut self, blow: &Blow<'_>, at: usize) {
         match blow {
             Blow::Kill => {
                 self.servers[at].kill();
@@ -61,11 +64,12 @@ impl<'a> Replicas<'a> {
                 tokio::time::sleep(LEASE + Duration::from_millis(500)).await;
                 self.servers[at].thaw();
             }
+            Blow::Store(strike) => tokio::task::block_in_place(strike),
         }
     }
 
     /// Publishes while `rounds` blows fall, waits until everything is done, and checks what the store then shows.
-    async fn under(mut self, rounds: usize, seed: u64, blows: &[Blow]) {
+    async fn under(mut self, rounds: usize, seed: u64, blows: &[Blow<'_>]) {
         let stop = Arc::new(AtomicBool::new(false));
         let publish = |p| publish(Arc::clone(&self.urls), Arc::clone(&self.history), Arc::clone(&stop), p);
         let publishers: Vec<_> = (0..PUBLISHERS).map(|p| tokio::spawn(publish(p))).collect();
@@ -73,7 +77,7 @@ impl<'a> Replicas<'a> {
         for round in 0..rounds {
             // The moment of the blow is what the test varies, not what it waits for.
             tokio::time::sleep(Duration::from_millis(rng.random_range(20..300))).await;
-            self.strike(blows[round % blows.len()], rng.random_range(0..REPLICAS)).await;
+            self.strike(&blows[round % blows.len()], rng.random_range(0..REPLICAS)).await;
         }
         stop.store(true, Ordering::SeqCst);
         for publisher in publishers {
@@ -140,4 +144,36 @@ async fn three_servers_on_one_file_lose_nothing_when_one_is_killed_or_stands_sti
     let folder = tempfile::tempdir().unwrap();
     let provider = format!("sqlite://{}", folder.path().join("tidegate.db").display());
     Replicas::start(folder.path(), &provider).await.under(6, 3, &[Blow::Kill, Blow::Freeze]).await;
+}
+
+/// The same on PostgreSQL, whose connections are cut and which itself is killed now and then.
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_blows_to_three_servers_on_postgresql_and_to_itself_lose_nothing() {
+    let database = tokio::task::spawn_blocking(|| Postgres::start(Fsync::On)).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let cut = || {
+        let others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'postgres' AND pid <> pg_backend_pid()";
+        database.psql("postgres", others);
+    };
+    let restart = || {
+        database.kill();
+        database.run();
+    };
+    let blows = [Blow::Kill, Blow::Store(&cut), Blow::Freeze, Blow::Kill, Blow::Store(&restart)];
+    Replicas::start(folder.path(), &database.url("postgres")).await.under(20, 4, &blows).await;
+}
+
+/// And on Redis with `appendfsync always`.
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_blows_to_three_servers_on_redis_and_to_itself_lose_nothing() {
+    let redis = RedisServer::start(&["--appendonly", "yes", "--appendfsync", "always"]);
+    let (folder, url) = (tempfile::tempdir().unwrap(), redis.url());
+    let redis = Mutex::new(redis);
+    let restart = || {
+        let mut redis = redis.lock().unwrap();
+        redis.kill();
+        redis.restart();
+    };
+    let blows = [Blow::Kill, Blow::Freeze, Blow::Kill, Blow::Store(&restart)];
+    Replicas::start(folder.path(), &url).await.under(20, 5, &blows).await;
 }

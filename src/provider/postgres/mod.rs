@@ -23,13 +23,14 @@ mod settle;
 mod trouble;
 mod watch;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
+use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::PgPool;
 use tokio::sync::watch as channel;
@@ -198,7 +199,7 @@ impl Store {
 
     /// What is remembered of where ready deliveries begin.
     fn fronts(&self) -> MutexGuard<'_, Fronts> {
-        self.fronts.lock().unwrap_or_else(PoisonError::into_inner)
+        self.fronts.lock()
     }
 
     /// The time, where it is not the server's.

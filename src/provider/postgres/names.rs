@@ -1,7 +1,7 @@
 //! The numbers that stand for subscriptions in rows. They never change, so they are remembered.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use sqlx::Row as _;
 
@@ -16,7 +16,7 @@ const MAKE: &str = "INSERT INTO {s}.subscriptions (name) SELECT unnest($1::text[
 impl Store {
     /// Those of `names` that are remembered, and the rest.
     fn remembered<'n>(&self, names: impl Iterator<Item = &'n Arc<str>>) -> (Numbers, BTreeSet<&'n str>) {
-        let remembered = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let remembered = self.names.lock();
         let (mut numbers, mut missing) = (Numbers::new(), BTreeSet::new());
         for name in names {
             if numbers.contains_key(name) {
@@ -32,11 +32,11 @@ impl Store {
 
     /// The number of a subscription that was looked up before.
     pub(super) fn number(&self, name: &str) -> Option<i32> {
-        self.names.lock().unwrap_or_else(PoisonError::into_inner).get(name).copied()
+        self.names.lock().get(name).copied()
     }
 
     fn remember(&self, found: &Numbers) {
-        let mut remembered = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut remembered = self.names.lock();
         remembered.extend(found.iter().map(|(name, &number)| (Arc::clone(name), number)));
     }
 }

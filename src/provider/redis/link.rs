@@ -6,10 +6,11 @@
 //! known here.
 
 use std::borrow::Cow;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use redis::aio::{MultiplexedConnection, PubSub};
 use redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, Pipeline, RedisError, Value};
 use tokio::time::Instant;
@@ -19,6 +20,9 @@ use crate::error::{Error, Result};
 
 /// The pause after a connection could not be made: at first, and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// How long to leave a server alone that is loading its data.
+const LOADING: Duration = Duration::from_millis(100);
 
 /// How long whoever was told that the store is full should wait.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -78,7 +82,7 @@ impl Link {
     }
 
     fn slot(&self) -> MutexGuard<'_, Slot> {
-        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slot.lock()
     }
 
     pub(super) fn check_open(&self) -> Result<()> {
@@ -102,6 +106,25 @@ impl Link {
         let (mut connection, generation) = self.connection(action).await?;
         let answer = command.query_async(&mut connection).await;
         answer.map_err(|error| self.failed(action, &error, generation))
+    }
+
+    /// The same, from a server that may still be loading what it has kept.
+    pub(super) async fn first_query(&self, action: &str, command: &Cmd) -> Result<Value> {
+        let (mut connection, generation) = self.connection(action).await?;
+        let mut is_said = false;
+        loop {
+            let answer: redis::RedisResult<Value> = command.query_async(&mut connection).await;
+            match answer {
+                Err(error) if error.code() == Some("LOADING") => {
+                    if !is_said {
+                        tracing::info!(server = %self.server, "the server is loading its data; waiting for it");
+                    }
+                    is_said = true;
+                    tokio::time::sleep(LOADING).await;
+                }
+                answer => return answer.map_err(|error| self.failed(action, &error, generation)),
+            }
+        }
     }
 
     /// The answers to commands that are sent at once.

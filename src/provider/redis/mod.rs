@@ -15,12 +15,13 @@ mod read;
 mod row;
 mod settle;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
+use parking_lot::{Mutex, MutexGuard};
 use redis::Cmd;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -189,7 +190,7 @@ impl RedisProvider {
     }
 
     fn remembered(&self) -> MutexGuard<'_, Remembered> {
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+        self.recent.lock()
     }
 
     fn tick(&self) {

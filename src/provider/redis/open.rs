@@ -192,7 +192,7 @@ fn check_policy(link: &Link, policy: &str) -> Result<()> {
 pub(super) async fn check_schema(link: &Link, key: &str) -> Result<()> {
     let mut command = redis::cmd("HGET");
     command.arg(key).arg("schema");
-    let schema = link.query("read the schema", &command).await?;
+    let schema = link.first_query("read the schema", &command).await?;
     let schema = if schema == Value::Nil { SCHEMA } else { row::text(schema).parse().unwrap_or(u64::MAX) };
     if schema > SCHEMA {
         let reason = format!("has schema {schema} under {key}; this version knows {SCHEMA}: use the newer tidegate");
