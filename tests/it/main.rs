@@ -12,6 +12,7 @@ mod bad_input;
 mod broker;
 mod capture_postgres;
 mod capture_sqlite;
+mod commit_order;
 mod confinement;
 mod crash;
 mod edges;
