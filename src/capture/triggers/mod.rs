@@ -1,7 +1,7 @@
 //! Capture: triggers that leave an event in the inbox for every row that a statement creates, updates or deletes.
 //!
 //! The triggers run inside the writer's statement, so the events commit with it or not at all, and the writer needs no
-//! line of code. Here stands what is wanted of a table and what became of it; [`postgres`] and [`sqlite`] do the work.
+//! line of code. Here stands what is wanted of a table and what became of it; `postgres` and `sqlite` do the work.
 //! Nothing here reads an inbox, and nothing is sent from a trigger.
 
 mod body;
