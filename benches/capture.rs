@@ -11,7 +11,7 @@ use tidegate::capture::triggers::Watch;
 use tidegate::provider::postgres::{Options, PostgresProvider};
 use tokio::runtime::Runtime;
 
-use crate::postgres::{Fsync, Postgres};
+use crate::postgres_server::{Fsync, Postgres};
 use crate::support;
 
 const BULK: usize = 50_000;

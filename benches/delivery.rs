@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 
 use crate::plugins::{self, Ours, Raw};
 use crate::support::Running;
-use crate::{sqlite, support};
+use crate::{rig, sqlite, support};
 
 const EVENTS: usize = 100_000;
 const IN_FLIGHT: usize = 1_000;
@@ -41,7 +41,7 @@ pub(crate) fn run() {
         "SQLite FULL, no-op plugin, published in batches, against native handler",
         "≥ 0.7",
         || runtime.block_on(sqlite::batches(Arc::clone(&idle.plugin))),
-        || runtime.block_on(sqlite::batches(sqlite::idle())),
+        || runtime.block_on(sqlite::batches(rig::idle())),
     );
 }
 

@@ -15,12 +15,14 @@ mod delivery;
 mod isolation;
 mod memory;
 mod plugins;
+mod postgres;
 #[path = "../tests/it/support/postgres.rs"]
 #[expect(dead_code, clippy::expect_used, reason = "tests use more of it, and one that panics has failed")]
-mod postgres;
+mod postgres_server;
 mod redis;
 #[path = "../tests/it/support/redis.rs"]
 mod redis_server;
+mod rig;
 mod serve;
 mod soak;
 mod sqlite;
@@ -29,10 +31,11 @@ mod support;
 fn main() {
     // Cargo passes `--bench`; whatever else is given names the groups to run.
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let groups: [(&str, fn()); 8] = [
+    let groups: [(&str, fn()); 9] = [
         ("memory", memory::run),
         ("capture", capture::run),
         ("sqlite", sqlite::run),
+        ("postgres", postgres::run),
         ("redis", redis::run),
         ("plugins", plugins::run),
         ("plugins-delivery", delivery::run),

@@ -12,12 +12,10 @@ use ::redis::{Cmd, Value};
 use tidegate::provider::redis::{Options, RedisProvider};
 use tidegate::provider::{Append, ClaimRequest, Documents as _, Expect, Provider, Retention, Want};
 use tidegate::subscription::Ordering;
-use tidegate::{Event, Payload, Source, Subscription, native};
-use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
 use crate::redis_server::RedisServer;
-use crate::sqlite::{Rig, event, idle};
+use crate::rig::{Rig, compare_latency, event, idle};
 use crate::support;
 
 const BATCH: usize = 500;
@@ -36,10 +34,15 @@ pub(crate) fn run() {
         support::compare(
             &format!("Redis {fsync}, publish → claim → settle in batches, native handler"),
             goal,
-            || runtime.block_on(batches(&server, events)),
+            || runtime.block_on(async { rig(&server).await.batches(events, BATCH, idle()).await }),
             || runtime.block_on(batches_by_hand(&server, events)),
         );
-        latency(&runtime, &server, fsync);
+        compare_latency(
+            &format!("Redis {fsync}"),
+            "none",
+            || runtime.block_on(async { rig(&server).await.pick_up(PACED).await }),
+            || runtime.block_on(pick_up_by_hand(&server)),
+        );
     }
     runtime.block_on(memory());
 }
@@ -54,21 +57,8 @@ async fn provider(server: &RedisServer) -> Arc<RedisProvider> {
     Arc::new(RedisProvider::open(Options { url: server.url(), ..Options::default() }).await.unwrap())
 }
 
-/// Publishes in batches while the handler runs, until all is settled.
-async fn batches(server: &RedisServer, count: usize) -> f64 {
-    let mut rig = Rig::over(provider(server).await).await;
-    let done = rig.subscribe(count, idle()).await;
-    let running = rig.run();
-    let began = Instant::now();
-    for _ in 0..count / BATCH {
-        rig.broker.publish_batch((0..BATCH).map(|_| event()).collect()).await.unwrap();
-    }
-    done.notified().await;
-    rig.completed(count).await;
-    let rate = support::per_second(count, began);
-    rig.stop.notify_one();
-    running.await.unwrap().unwrap();
-    rate
+async fn rig(server: &RedisServer) -> Rig {
+    Rig::over(provider(server).await).await
 }
 
 /// An emptied server with a stream and a group.
@@ -134,47 +124,6 @@ async fn batches_by_hand(server: &RedisServer, count: usize) -> f64 {
         complete_by_hand(&mut connection, &places).await;
     }
     support::per_second(count, began)
-}
-
-/// Time from publish to the start of the handler, at 50 a second.
-fn latency(runtime: &Runtime, server: &RedisServer, fsync: &str) {
-    let mut rows = Vec::new();
-    for _ in 0..support::PAIRS {
-        rows.push((runtime.block_on(pick_up(server)), runtime.block_on(pick_up_by_hand(server))));
-    }
-    for share in [0.5, 0.99] {
-        let of = |times: &Vec<Duration>| support::quantile(times.clone(), share).as_secs_f64() * 1e3;
-        let (ours, other): (Vec<f64>, Vec<f64>) = rows.iter().map(|(a, b)| (of(a), of(b))).unzip();
-        let ratio = support::median(ours.iter().zip(&other).map(|(a, b)| a / b).collect());
-        let what = format!("Redis {fsync}, pick-up latency at 50/s, p{}", share * 100.0);
-        let (ours, other) = (support::median(ours), support::median(other));
-        println!("{what:<72} ours {ours:>8.2} ms    other {other:>8.2} ms    ratio {ratio:>6.2}  no goal");
-    }
-}
-
-async fn pick_up(server: &RedisServer) -> Vec<Duration> {
-    let mut rig = Rig::over(provider(server).await).await;
-    let (send, mut receive) = mpsc::unbounded_channel();
-    let handler = native(move |call: tidegate::Call| {
-        let sent: u128 = call.event.payload.parse().unwrap_or_default();
-        send.send((sent, Instant::now())).ok();
-        async { Ok(()) }
-    });
-    rig.broker.subscribe(Subscription::new("all", "*".parse().unwrap()), handler).await.unwrap();
-    let running = rig.run();
-    let mut ticks = tokio::time::interval(Duration::from_millis(20));
-    let base = Instant::now();
-    let mut times = Vec::new();
-    for _ in 0..PACED {
-        ticks.tick().await;
-        let payload = Payload::json(&base.elapsed().as_nanos()).unwrap();
-        rig.broker.publish(Event::new(Source::Internal, "a.b".parse().unwrap(), payload)).await.unwrap();
-        let (sent, at) = receive.recv().await.unwrap();
-        times.push(at.duration_since(base).saturating_sub(Duration::from_nanos(sent as u64)));
-    }
-    rig.stop.notify_one();
-    running.await.unwrap().unwrap();
-    times
 }
 
 async fn pick_up_by_hand(server: &RedisServer) -> Vec<Duration> {
