@@ -1,12 +1,14 @@
 //! The feed over every store: what a client is told, from where on, and what it is told when that cannot be served.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tidegate::event::{Seq, UserId};
 use tidegate::feed::{Filter, Frame, Position, Request, Subscriber};
 use tidegate::provider::memory::{self, MemoryProvider};
 use tidegate::provider::postgres::{self, PostgresProvider};
+use tidegate::provider::redis::{self, RedisProvider};
 use tidegate::provider::sqlite::{self, SqliteProvider};
 use tidegate::provider::{Amendment, Append, Provider, Retention};
 use tidegate::{Error, Event, Feed, Metrics, Payload, Source};
@@ -14,6 +16,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::support::postgres::Postgres;
+use crate::support::redis::RedisServer;
 use crate::support::tapped::Tapped;
 
 /// How long a frame may take on a busy machine.
@@ -45,6 +48,10 @@ impl Place {
         Self { provider: Arc::new(PostgresProvider::open(options).await.unwrap()), folder: None }
     }
 
+    async fn redis() -> Self {
+        Self { provider: redis_at(&fresh_redis()).await, folder: None }
+    }
+
     async fn add(&self, count: usize) {
         add(&*self.provider, count).await;
     }
@@ -59,6 +66,19 @@ async fn sqlite_in(folder: &tempfile::TempDir) -> Arc<dyn Provider> {
     let url = format!("sqlite://{}", folder.path().join("events.db").display());
     let options = sqlite::Options { url, ..sqlite::Options::default() };
     Arc::new(SqliteProvider::open(options).await.unwrap())
+}
+
+/// A namespace of its own on the one server of this process.
+fn fresh_redis() -> String {
+    static SERVER: OnceLock<RedisServer> = OnceLock::new();
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let server = SERVER.get_or_init(|| RedisServer::start(&["--appendonly", "no"]));
+    format!("{}?namespace=feed-{}", server.url(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+async fn redis_at(url: &str) -> Arc<dyn Provider> {
+    let options = redis::Options { url: url.to_owned(), ..redis::Options::default() };
+    Arc::new(RedisProvider::open(options).await.unwrap())
 }
 
 fn event(event_type: &str) -> Event {
@@ -490,6 +510,12 @@ macro_rules! on_every_store {
                 super::$claim(super::Place::postgres().await).await;
             })+
         }
+        mod redis_store {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $claim() {
+                super::$claim(super::Place::redis().await).await;
+            })+
+        }
         mod sqlite_store {
             $(#[tokio::test(flavor = "multi_thread")]
             async fn $claim() {
@@ -523,9 +549,20 @@ on_every_store! {
 async fn clients_of_two_instances_on_one_file_see_the_same() {
     let here = Place::sqlite().await;
     let there = sqlite_in(here.folder.as_ref().unwrap()).await;
-    let feeds = [Running::over(&here.provider), Running::over(&there)];
+    both_see_the_same(&here.provider, &there).await;
+}
+
+/// The same where the store is a Redis server.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_of_two_instances_on_one_redis_see_the_same() {
+    let url = fresh_redis();
+    both_see_the_same(&redis_at(&url).await, &redis_at(&url).await).await;
+}
+
+async fn both_see_the_same(here: &Arc<dyn Provider>, there: &Arc<dyn Provider>) {
+    let feeds = [Running::over(here), Running::over(there)];
     let mut clients = [feeds[0].at(Position::Latest).await, feeds[1].at(Position::Latest).await];
-    let writers = [publish(&here.provider, 2, 50), publish(&there, 2, 50)];
+    let writers = [publish(here, 2, 50), publish(there, 2, 50)];
     for client in &mut clients {
         assert_eq!(take(client, 200).await, seqs(1..=200));
     }
