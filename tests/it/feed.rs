@@ -559,6 +559,31 @@ async fn clients_of_two_instances_on_one_redis_see_the_same() {
     both_see_the_same(&redis_at(&url).await, &redis_at(&url).await).await;
 }
 
+/// FLUSHALL makes a log anew: one reset for each client, whatever it had read, and then what is new.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flushed_redis_is_one_reset_and_the_feed_goes_on() {
+    let server = RedisServer::start(&["--appendonly", "no"]);
+    let provider = redis_at(&server.url()).await;
+    let running = Running::over(&provider);
+    add(&*provider, 5).await;
+    let mut clients = [running.at(Position::Beginning).await, running.at(Position::Latest).await];
+    assert_eq!(take(&mut clients[0], 5).await, seqs(1..=5));
+    add(&*provider, 1).await;
+    for client in &mut clients {
+        assert_eq!(next(client).await, seqs(6..=6));
+    }
+    let flush = ::redis::Client::open(server.url()).unwrap();
+    ::redis::cmd("FLUSHALL").exec_async(&mut flush.get_multiplexed_async_connection().await.unwrap()).await.unwrap();
+    for client in &mut clients {
+        assert_eq!(next(client).await, [Told::Reset(1)]);
+    }
+    add(&*provider, 2).await;
+    for client in &mut clients {
+        assert_eq!(take(client, 2).await, seqs(1..=2));
+    }
+    assert_eq!(running.metrics.feed().resets.get(), 2);
+}
+
 async fn both_see_the_same(here: &Arc<dyn Provider>, there: &Arc<dyn Provider>) {
     let feeds = [Running::over(here), Running::over(there)];
     let mut clients = [feeds[0].at(Position::Latest).await, feeds[1].at(Position::Latest).await];
