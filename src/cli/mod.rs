@@ -7,6 +7,7 @@ mod capture;
 mod client;
 mod config;
 mod dead;
+mod doctor;
 mod events;
 mod exit;
 pub mod follow;
@@ -67,6 +68,11 @@ enum Command {
     Capture(capture::Command),
     /// Make the store's schema or bring it up to date, and end
     Migrate(migrate::Args),
+    /// Look at the store: what is not as it should be, why it matters, and what to do
+    ///
+    /// Opens the store as serve does, which brings its schema up to date. Exits with 0 when nothing needs doing, with 1 when
+    /// something does or the store does not answer.
+    Doctor(doctor::Args),
     /// Print the configuration that is in force, secrets masked
     Config(config::Args),
 }
@@ -96,6 +102,7 @@ impl Command {
             Self::Plugin(command) => command.is_json(),
             Self::Capture(command) => command.is_json(),
             Self::Migrate(args) => args.json,
+            Self::Doctor(args) => args.json,
             Self::Config(args) => args.json,
         }
     }
@@ -113,6 +120,7 @@ fn run(command: Command) -> Result<Exit> {
         Command::Plugin(command) => plugins::run(command),
         Command::Capture(command) => wait(capture::run(command)),
         Command::Migrate(args) => wait(migrate::run(args)),
+        Command::Doctor(args) => wait(doctor::run(args)),
         Command::Config(args) => config::run(args),
     }
 }

@@ -23,11 +23,11 @@ use crate::feed::Feed;
 use crate::host::{Folder, Host, Reloader};
 use crate::http::{Gate, Server, Services};
 use crate::metrics::Metrics;
-use crate::provider::Provider;
 use crate::provider::memory::MemoryProvider;
 use crate::provider::postgres::PostgresProvider;
 use crate::provider::redis::RedisProvider;
 use crate::provider::sqlite::SqliteProvider;
+use crate::provider::{Examine, Provider};
 
 const SETTINGS: &str = "Every setting of the configuration can be given in the environment too: TIDEGATE_PROVIDER, \
 TIDEGATE_BROKER__WORKER_COUNT for worker_count below [broker], and so on. The environment wins over the file, and flags \
@@ -88,7 +88,7 @@ async fn serve(config: Config) -> Result<Exit> {
     let (close_edge, edge_closes) = watch::channel(false);
     let edge = tokio::spawn(server.run(raised(edge_closes)));
 
-    let provider = open_provider(&config).await?;
+    let provider: Arc<dyn Provider> = open_provider(&config).await?;
     gate.done(STORE);
     let (broker, service) = Broker::open(Arc::clone(&provider), config.broker.clone(), metrics.clone()).await?;
     let (feed, tail) = Feed::new(Arc::clone(&provider), metrics.clone());
@@ -134,7 +134,7 @@ async fn join(working: JoinHandle<crate::Result<()>>) -> Result<()> {
 }
 
 /// Opens the store, which brings its schema up to date.
-pub(super) async fn open_provider(config: &Config) -> Result<Arc<dyn Provider>> {
+pub(super) async fn open_provider(config: &Config) -> Result<Arc<dyn Examine>> {
     match ProviderUrl::parse(&config.provider)? {
         ProviderUrl::Memory => Ok(Arc::new(MemoryProvider::open(config.memory.clone())?)),
         ProviderUrl::Sqlite => Ok(Arc::new(SqliteProvider::open(config.sqlite.clone()).await?)),

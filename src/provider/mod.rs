@@ -27,6 +27,7 @@
 #[expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a claim that does not hold ends in a panic")]
 #[macro_use]
 pub mod conformance;
+mod finding;
 pub mod inbox;
 pub mod memory;
 mod recent;
@@ -44,6 +45,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+pub use self::finding::{Examine, Finding, Severity};
 use crate::delivery::{Attempt, Delivery, EventDetail, EventRecord, KvWrite, Next, Status, Verdict};
 use crate::error::Result;
 use crate::event::{Event, EventType, Seq, Source, UserId};

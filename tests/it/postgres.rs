@@ -116,6 +116,50 @@ async fn migrate_makes_the_schema_and_says_what_stands_in_the_way() {
     assert_eq!(away.status.code(), Some(1));
 }
 
+/// Exit codes of the doctor: 0 where nothing needs doing, 1 where something does, 2 where it cannot begin.
+#[tokio::test]
+async fn doctor_says_what_needs_doing_and_ends_accordingly() {
+    let database = tokio::task::spawn_blocking(|| Postgres::start(Fsync::On)).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (config, url) = (config(folder.path(), "doctored"), database.url("postgres"));
+    let tidegate = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate"));
+        command.args(arguments).output().unwrap()
+    };
+    let doctor = |provider: &str| {
+        let ended = tidegate(&["doctor", "--json", "--config", &config, "--provider", provider]);
+        let told = if ended.stdout.is_empty() { ended.stderr } else { ended.stdout };
+        (ended.status.code(), serde_json::from_slice::<Value>(&told).unwrap())
+    };
+    let todo = |told: &Value| -> Vec<String> {
+        let findings = told["findings"].as_array().unwrap().iter().filter(|finding| finding["severity"] != "ok");
+        findings.map(|finding| finding["code"].as_str().unwrap().to_owned()).collect()
+    };
+    let (code, told) = doctor(&url.replace("postgres@", "postgres:hunter2@"));
+    assert_eq!((code, &told["healthy"], &told["provider"]), (Some(0), &json!(true), &json!("postgres")), "{told:#}");
+    assert_eq!(todo(&told), Vec::<String>::new());
+    assert!(!told.to_string().contains("hunter2"), "{told}");
+
+    database.psql("postgres", "CREATE TABLE users (id int PRIMARY KEY)");
+    let place = ["--database", &url, "--schema", "doctored"];
+    let installed = tidegate(&[&["capture", "install", "public.users"], &place[..]].concat());
+    assert!(installed.status.success(), "{}", String::from_utf8_lossy(&installed.stderr));
+    database.psql("postgres", "INSERT INTO users VALUES (1); DROP TABLE users; DROP INDEX doctored.events_by_age");
+    let (code, told) = doctor(&url);
+    assert_eq!((code, &told["healthy"]), (Some(1), &json!(false)));
+    assert_eq!(todo(&told), ["missing-index", "inbox-stands-still", "capture-drift"], "{told:#}");
+    let text = tidegate(&["doctor", "--config", &config, "--provider", &url]);
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(text.contains("PROBLEM  missing-index: index events_by_age is missing\n         "), "{text}");
+    assert!(text.ends_with("3 things need doing\n"), "{text}");
+
+    assert_eq!(doctor("memory:").0, Some(0));
+    let file = format!("sqlite://{}", folder.path().join("t.db").display());
+    assert_eq!(doctor(&file).1["findings"][0]["severity"], "ok");
+    assert_eq!(doctor("postgrs://x@127.0.0.1/x").0, Some(2));
+    assert_eq!(doctor("postgres://x@127.0.0.1:1/x").0, Some(1));
+}
+
 /// Publishers are refused while the database is away, attempts in progress are settled once it is back, and nobody has to
 /// restart anything.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

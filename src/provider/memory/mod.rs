@@ -26,8 +26,8 @@ use self::state::State;
 use self::work::as_micros;
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
-    Document, Documents, Durability, EventFilter, EventPage, Expect, Inbox, LeaseKey, LogPage, Provider, ProviderStats,
-    Retention, RouteRequest, Routed, Settled, Settlement,
+    Document, Documents, Durability, EventFilter, EventPage, Examine, Expect, Finding, Inbox, LeaseKey, LogPage,
+    Provider, ProviderStats, Retention, RouteRequest, Routed, Settled, Settlement,
 };
 use crate::delivery::EventDetail;
 use crate::error::{Error, Result};
@@ -209,6 +209,13 @@ impl Provider for MemoryProvider {
         self.state.lock().take();
         self.wake.send_modify(|ticks| *ticks = ticks.wrapping_add(1));
         Ok(())
+    }
+}
+
+#[async_trait]
+impl Examine for MemoryProvider {
+    async fn examine(&self) -> Result<Vec<Finding>> {
+        Ok(vec![Finding::ok("memory", "nothing is kept: what is published is gone with the process")])
     }
 }
 

@@ -9,6 +9,7 @@
 mod append;
 mod claim;
 mod documents;
+mod examine;
 mod front;
 mod hint;
 mod listen;

@@ -52,6 +52,21 @@ pub(super) fn served() -> i32 {
     i32::try_from(MIGRATIONS.len()).unwrap_or(i32::MAX)
 }
 
+/// The indexes that the schema has beside those of keys: the name of each, and the statement that makes it.
+pub(super) fn indexes() -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for migration in MIGRATIONS {
+        let lines: Vec<&str> = migration.lines().map(|line| line.split("--").next().unwrap_or_default()).collect();
+        for statement in lines.join(" ").split(';') {
+            let words: Vec<&str> = statement.split_whitespace().collect();
+            if let ["CREATE", "INDEX", name, ..] | ["CREATE", "UNIQUE", "INDEX", name, ..] = *words {
+                found.push((name.to_owned(), words.join(" ")));
+            }
+        }
+    }
+    found
+}
+
 /// Connects, brings the schema up to date and opens the pool.
 pub(super) async fn open(options: &Options) -> Result<Opened> {
     let schema = quoted(&options.schema)?;

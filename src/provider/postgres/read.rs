@@ -6,6 +6,7 @@ use sqlx::postgres::{PgRow, Postgres};
 use sqlx::{QueryBuilder, Row as _};
 
 use super::Store;
+use super::examine::LAG;
 use super::row::{DETAILS, EVENT_COLUMNS, details, event, limit, signed, source_code, unsigned, user_text};
 use super::session::Session;
 use super::settle::verdict_code;
@@ -28,7 +29,8 @@ const TYPES: &str = "WITH RECURSIVE t(type) AS ((SELECT type FROM {s}.events WHE
 const STATS: &str = "SELECT h.head, h.pruned, h.total, p.open, p.begun, p.failed, r.count, r.alone, r.begun, w.count, \
     w.alone, w.begun, l.count, l.alone, f.count, f.alone, (SELECT count(*) FROM {s}.inbox), \
     pg_total_relation_size('{s}.events') + pg_total_relation_size('{s}.deliveries') \
-    + pg_total_relation_size('{s}.attempts') \
+    + pg_total_relation_size('{s}.attempts'), \
+    (SELECT coalesce(jsonb_object_agg(lag.name, lag.lag), '{}') FROM ({lag}) lag)::text \
     FROM {s}.head h \
     CROSS JOIN (SELECT (SELECT count(*) FROM {s}.progress WHERE open > 0) AS open, \
         (SELECT count(*) FROM {s}.progress WHERE open > 0 AND begun > 0) AS begun, \
@@ -94,7 +96,8 @@ impl Store {
     /// Figures, as of one instant.
     pub(super) async fn stats(&self) -> Step<ProviderStats> {
         let mut session = self.session().await?;
-        let row = session.row(self.statement(STATS)).await;
+        let text = STATS.replace("{lag}", LAG);
+        let row = session.row(self.statement(&text).bind(self.now())).await;
         let row = session.finish(row).await?;
         let figure = |at: usize| row.try_get::<i64, _>(at).map(unsigned);
         let [open, begun, failed] = [figure(3)?, figure(4)?, figure(5)?];
@@ -128,6 +131,7 @@ impl Store {
             ("schema_version", super::open::served().into()),
             ("inbox_waiting", figure(16)?.into()),
             ("bytes", figure(17)?.into()),
+            ("lag_seconds", serde_json::from_str(row.try_get(18)?).unwrap_or_default()),
             ("connections", self.pool.size().into()),
             ("idle_connections", self.pool.num_idle().into()),
             ("max_connections", self.options.max_connections.into()),

@@ -1,6 +1,7 @@
 //! PostgreSQL against the suite, and what only a server can get wrong.
 
 mod crossing;
+mod examine;
 mod inbox;
 mod opening;
 mod outage;

@@ -7,6 +7,7 @@
 mod append;
 mod claim;
 mod documents;
+mod examine;
 mod link;
 mod listen;
 mod open;

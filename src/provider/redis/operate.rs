@@ -137,6 +137,11 @@ impl RedisProvider {
         if let Some(clock) = &self.clock {
             return Ok(clock());
         }
+        self.server_time().await
+    }
+
+    /// What the server's own clock says.
+    pub(super) async fn server_time(&self) -> Result<i64> {
         let mut answer = row::list(self.link.query("ask for the time", &redis::cmd("TIME")).await?).into_iter();
         let mut part = || i64::try_from(row::number(answer.next().unwrap_or(Value::Nil))).unwrap_or(0);
         Ok(part().saturating_mul(1_000_000).saturating_add(part()))

@@ -571,3 +571,15 @@ async fn the_documented_permissions_are_enough() {
     let refused = get.exec_async(&mut outsider).await.unwrap_err();
     assert_eq!(refused.code(), Some("NOPERM"));
 }
+
+#[tokio::test]
+async fn a_look_tells_a_server_that_writes_everything_down_from_one_that_does_not() {
+    use crate::provider::{Examine as _, Severity};
+    let durable = RedisServer::start(&["--appendonly", "yes", "--appendfsync", "always"]);
+    for (server, expected) in [(&durable, None), (shared(), Some("not-durable"))] {
+        let provider = RedisProvider::open(Place::on(server).options()).await.unwrap();
+        let found = provider.examine().await.unwrap();
+        let todo: Vec<_> = found.iter().filter(|finding| finding.severity > Severity::Ok).collect();
+        assert!(found.len() == 5 && todo.iter().map(|finding| finding.code).eq(expected), "{found:#?}");
+    }
+}

@@ -7,6 +7,7 @@
 mod append;
 mod claim;
 mod documents;
+mod examine;
 mod inbox;
 mod open;
 mod operate;
