@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::scene::{LEASE, Scene, attempt, ended_by, event, event_with_key, forged, request, retry, seqs};
+use super::scene::{LEASE, Scene, appends, attempt, ended_by, event, event_with_key, forged, request, retry, seqs};
 use crate::delivery::{Next, Status, Verdict};
 use crate::provider::{Lost, Settled};
 use crate::subscription::Ordering;
@@ -36,6 +36,35 @@ pub async fn no_delivery_is_leased_twice_at_once(scene: Scene) {
     }
     assert_eq!(all.len(), 400);
     assert_eq!(all.into_iter().collect::<HashSet<_>>().len(), 400);
+}
+
+/// DESIGN §2, invariants 2 and 3, where several processes share the store.
+pub async fn two_instances_share_seq_and_never_lease_a_delivery_twice(scene: Scene) {
+    let Some(another) = scene.another().await else { return };
+    let both = [Arc::clone(&scene.provider), another];
+    let batch = |count| appends((0..count).map(|_| event("shop.orders.create")).collect(), &["s"]);
+    let work = both.iter().cycle().take(8).map(|provider| {
+        let provider = Arc::clone(provider);
+        tokio::spawn(async move {
+            let (mut given, mut leased) = (Vec::new(), Vec::new());
+            for _ in 0..10 {
+                given.extend(provider.append(batch(3)).await.unwrap().iter().map(|appended| appended.seq));
+                leased.extend(seqs(&provider.claim(&request(&[("s", 3)], Ordering::None)).await.unwrap().leases));
+            }
+            (given, leased)
+        })
+    });
+    let (mut given, mut leased) = (Vec::new(), Vec::new());
+    for task in work.collect::<Vec<_>>() {
+        let (own_given, own_leased) = task.await.unwrap();
+        given.extend(own_given);
+        leased.extend(own_leased);
+    }
+    leased.extend(seqs(&scene.claim("s", 999).await));
+    given.sort_unstable();
+    leased.sort_unstable();
+    assert_eq!(given, (1..=240).collect::<Vec<_>>());
+    assert_eq!(leased, given);
 }
 
 /// Oldest first, and no more than asked for.

@@ -87,6 +87,7 @@ claims! {
     ;
     leasing:
         no_delivery_is_leased_twice_at_once,
+        two_instances_share_seq_and_never_lease_a_delivery_twice,
         the_oldest_come_first_and_room_is_kept_for_each_subscription,
         an_expired_lease_goes_to_the_next_claim_as_lost,
         a_claim_says_when_to_come_back,

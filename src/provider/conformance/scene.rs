@@ -38,6 +38,16 @@ impl Scene {
         self.fixture.reopens().is_ok()
     }
 
+    /// Another instance on the same store; `None`, with the reason printed, where there can be none.
+    pub async fn another(&self) -> Option<Arc<dyn Provider>> {
+        let capabilities = self.provider.capabilities();
+        if !capabilities.shared {
+            println!("skipped: {} belongs to one process", capabilities.provider);
+            return None;
+        }
+        Some(self.fixture.open().await)
+    }
+
     /// Whether the store keeps the order of keys; prints the reason for skipping where it says that it does not.
     pub fn keeps_key_order(&self) -> bool {
         let capabilities = self.provider.capabilities();

@@ -134,35 +134,6 @@ fn ended(lease: &Lease, next: Next) -> Settlement {
     Settlement { key: lease.key.clone(), next, attempt, published: Vec::new(), writes: Vec::new() }
 }
 
-#[tokio::test]
-async fn two_instances_share_seq_and_never_lease_a_delivery_twice() {
-    let schema = Schema::new();
-    let open = || PostgresProvider::open(schema.options.clone());
-    let both = [Arc::new(open().await.unwrap()), Arc::new(open().await.unwrap())];
-    let work = both.iter().cycle().take(8).map(|provider| {
-        let provider = Arc::clone(provider);
-        tokio::spawn(async move {
-            let (mut seqs, mut leased) = (Vec::new(), Vec::new());
-            for _ in 0..10 {
-                seqs.extend(provider.append(appends(3)).await.unwrap().iter().map(|appended| appended.seq));
-                leased.extend(claim(&provider, 3).await.iter().map(|lease| lease.key.seq));
-            }
-            (seqs, leased)
-        })
-    });
-    let (mut seqs, mut leased) = (Vec::new(), Vec::new());
-    for task in work.collect::<Vec<_>>() {
-        let (own_seqs, own_leased) = task.await.unwrap();
-        seqs.extend(own_seqs);
-        leased.extend(own_leased);
-    }
-    leased.extend(claim(&both[0], 999).await.iter().map(|lease| lease.key.seq));
-    seqs.sort_unstable();
-    leased.sort_unstable();
-    assert_eq!(seqs, (1..=240).collect::<Vec<Seq>>());
-    assert_eq!(leased, seqs);
-}
-
 /// DESIGN §2, invariant 2: who has read seq n never later meets a smaller one.
 #[tokio::test]
 async fn a_reader_of_another_instance_meets_every_seq_in_order() {

@@ -120,34 +120,6 @@ async fn raw(server: &RedisServer, command: &[&str]) -> ::redis::Value {
     cmd.query_async(&mut connection).await.unwrap()
 }
 
-#[tokio::test]
-async fn two_instances_share_seq_and_never_lease_a_delivery_twice() {
-    let place = Place::new();
-    let both = [Arc::new(place.provider().await), Arc::new(place.provider().await)];
-    let work = both.iter().cycle().take(8).map(|provider| {
-        let provider = Arc::clone(provider);
-        tokio::spawn(async move {
-            let (mut seqs, mut leased) = (Vec::new(), Vec::new());
-            for _ in 0..10 {
-                seqs.extend(provider.append(appends(3)).await.unwrap().iter().map(|appended| appended.seq));
-                leased.extend(claim(&provider, 3).await.iter().map(|lease| lease.key.seq));
-            }
-            (seqs, leased)
-        })
-    });
-    let (mut seqs, mut leased) = (Vec::new(), Vec::new());
-    for task in work.collect::<Vec<_>>() {
-        let (own_seqs, own_leased) = task.await.unwrap();
-        seqs.extend(own_seqs);
-        leased.extend(own_leased);
-    }
-    leased.extend(claim(&both[0], 999).await.iter().map(|lease| lease.key.seq));
-    seqs.sort_unstable();
-    leased.sort_unstable();
-    assert_eq!(seqs, (1..=240).collect::<Vec<Seq>>());
-    assert_eq!(leased, seqs);
-}
-
 /// FACTS: a message to those who listen is the wake-up.
 #[tokio::test]
 async fn two_instances_of_a_namespace_wake_each_other() {

@@ -102,34 +102,6 @@ async fn two_instances_on_one_file_wake_each_other() {
     assert!(claim(&here, 9).await.is_empty());
 }
 
-#[tokio::test]
-async fn two_instances_on_one_file_share_seq_and_never_lease_a_delivery_twice() {
-    let file = File::new();
-    let both = [Arc::new(file.provider().await), Arc::new(file.provider().await)];
-    let work = both.iter().cycle().take(8).map(|provider| {
-        let provider = Arc::clone(provider);
-        tokio::spawn(async move {
-            let (mut seqs, mut leased) = (Vec::new(), Vec::new());
-            for _ in 0..10 {
-                seqs.extend(provider.append(appends(3)).await.unwrap().iter().map(|appended| appended.seq));
-                leased.extend(claim(&provider, 3).await.iter().map(|lease| lease.key.seq));
-            }
-            (seqs, leased)
-        })
-    });
-    let (mut seqs, mut leased) = (Vec::new(), Vec::new());
-    for task in work.collect::<Vec<_>>() {
-        let (own_seqs, own_leased) = task.await.unwrap();
-        seqs.extend(own_seqs);
-        leased.extend(own_leased);
-    }
-    leased.extend(claim(&both[0], 999).await.iter().map(|lease| lease.key.seq));
-    seqs.sort_unstable();
-    leased.sort_unstable();
-    assert_eq!(seqs, (1..=240).collect::<Vec<Seq>>());
-    assert_eq!(leased, seqs);
-}
-
 /// SQLite takes any value into any column, and nothing of it stops the inbox.
 #[tokio::test]
 async fn values_of_the_wrong_kind_in_the_inbox_stop_nobody() {
