@@ -18,8 +18,9 @@ static SETTLE: Script = Script::new(concat!(
     include_str!("lua/settle.lua")
 ));
 
-/// The most settlements that one call of the script applies: it holds the server up for so long.
-const STEP: usize = 500;
+/// The most settlements that one call of the script applies: it holds the server up for so long. As many as the broker
+/// settles at once, so that what it tries again after a failure was applied as a whole or not at all.
+const STEP: usize = 1_024;
 
 impl RedisProvider {
     pub(super) async fn settle_all(&self, batch: &[Settlement]) -> Result<Vec<Settled>> {

@@ -135,6 +135,16 @@ async fn two_instances_of_a_namespace_wake_each_other() {
     assert!(claim(&here, 9).await.is_empty());
 }
 
+/// As many as the broker settles at once, and one more.
+#[tokio::test]
+async fn a_large_batch_is_settled_whole() {
+    let provider = Place::new().provider().await;
+    provider.append(appends(1_025)).await.unwrap();
+    let leases = claim(&provider, 2_000).await;
+    let batch: Vec<_> = leases.into_iter().map(|lease| ended(lease, Next::Complete)).collect();
+    assert_eq!(provider.settle(batch).await.unwrap(), vec![Settled::Done { event_open: false }; 1_025]);
+}
+
 /// A server that forgot the scripts is taught them again, in the middle of work.
 #[tokio::test]
 async fn a_server_without_the_scripts_is_taught_them() {
