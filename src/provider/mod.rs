@@ -35,6 +35,7 @@ pub mod postgres;
 pub mod redis;
 pub mod rules;
 pub mod sqlite;
+mod state;
 
 use std::sync::Arc;
 use std::time::Duration;

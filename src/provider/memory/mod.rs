@@ -3,14 +3,6 @@
 //! One lock around one state, never held across an await. There is no task: what is old goes when somebody calls. Time
 //! is tokio's, so that tests which pause it pause the store too.
 
-mod documents;
-mod line;
-mod log;
-mod operate;
-mod queue;
-mod state;
-mod work;
-
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,8 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use self::state::State;
-use self::work::as_micros;
+use super::state::{State, as_micros};
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
     Document, Documents, Durability, EventFilter, EventPage, Examine, Expect, Finding, Inbox, LeaseKey, LogPage,
@@ -61,10 +52,16 @@ impl Default for Options {
 pub struct MemoryProvider {
     options: Options,
     /// `None` once closed.
-    state: Mutex<Option<State>>,
+    contents: Mutex<Option<Contents>>,
     wake: watch::Sender<u64>,
     clock: Clock,
     epoch: Arc<str>,
+}
+
+struct Contents {
+    state: State,
+    /// When to look for old events next.
+    next_cleanup: i64,
 }
 
 impl MemoryProvider {
@@ -85,19 +82,24 @@ impl MemoryProvider {
         if options.max_events == 0 {
             return Err(Error::invalid("max_events", "0", "must be at least 1"));
         }
-        let state = Mutex::new(Some(State::new(options.max_events)));
+        let state = State::new(options.max_events, rand::random());
+        let contents = Mutex::new(Some(Contents { state, next_cleanup: 0 }));
         let epoch = uuid::Uuid::new_v4().to_string().into();
-        Ok(Self { state, wake: watch::Sender::new(0), clock, epoch, options })
+        Ok(Self { contents, wake: watch::Sender::new(0), clock, epoch, options })
     }
 
     /// Runs `work` on the state at the present instant.
     fn enter<T>(&self, work: impl FnOnce(&mut State, i64) -> T) -> Result<T> {
-        let mut guard = self.state.lock();
+        let mut guard = self.contents.lock();
         // Read under the lock: time must go on in the order in which calls change the state, or a claim could meet a
         // delivery that is due in its future and drop the hint of it.
         let now = (self.clock)();
-        let state = guard.as_mut().ok_or(Error::Stopped("provider"))?;
-        state.clean_up(&self.options, now);
+        let Contents { state, next_cleanup } = guard.as_mut().ok_or(Error::Stopped("provider"))?;
+        if now >= *next_cleanup {
+            *next_cleanup = now.saturating_add(as_micros(self.options.cleanup_interval));
+            state.log.expire(now.saturating_sub(as_micros(self.options.max_age)));
+            state.shelf.expire(now);
+        }
         Ok(work(state, now))
     }
 
@@ -152,7 +154,7 @@ impl Provider for MemoryProvider {
 
     async fn get(&self, id: &str) -> Result<Option<EventDetail>> {
         // Nothing is looked up more often: no clock is read for it.
-        Ok(self.state.lock().as_ref().ok_or(Error::Stopped("provider"))?.get(id))
+        Ok(self.contents.lock().as_ref().ok_or(Error::Stopped("provider"))?.state.get(id))
     }
 
     async fn list(&self, filter: &EventFilter) -> Result<EventPage> {
@@ -206,7 +208,7 @@ impl Provider for MemoryProvider {
     }
 
     async fn close(&self) -> Result<()> {
-        self.state.lock().take();
+        self.contents.lock().take();
         self.wake.send_modify(|ticks| *ticks = ticks.wrapping_add(1));
         Ok(())
     }

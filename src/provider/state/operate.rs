@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use super::State;
 use super::log::Slot;
-use super::state::State;
 use super::work::Work;
 use crate::delivery::{Delivery, EventDetail, EventRecord, Move, Status};
 use crate::event::Seq;
@@ -23,20 +23,20 @@ impl State {
         EventRecord::derive(Arc::clone(&slot.event), &self.deliveries(slot))
     }
 
-    pub(super) fn get(&self, id: &str) -> Option<EventDetail> {
+    pub(in crate::provider) fn get(&self, id: &str) -> Option<EventDetail> {
         let slot = self.log.get(self.log.seq_of(id)?)?;
         let deliveries = self.deliveries(slot);
         Some(EventDetail { record: EventRecord::derive(Arc::clone(&slot.event), &deliveries), deliveries })
     }
 
-    pub(super) fn read(&self, after: Seq, max: usize, epoch: Arc<str>) -> LogPage {
+    pub(in crate::provider) fn read(&self, after: Seq, max: usize, epoch: Arc<str>) -> LogPage {
         let events: Vec<_> = self.log.after(after).take(max).map(|(_, slot)| Arc::clone(&slot.event)).collect();
         let last = events.last().and_then(|event| event.seq).filter(|_| events.len() == max);
         let next = if max == 0 { after } else { last.unwrap_or(self.log.head.max(after)) };
         LogPage { events, next, floor: self.log.floor(), head: self.log.head, epoch }
     }
 
-    pub(super) fn list(&self, filter: &EventFilter) -> EventPage {
+    pub(in crate::provider) fn list(&self, filter: &EventFilter) -> EventPage {
         let bound = rules::bound(filter.limit);
         let is_meant = |slot: &Slot| {
             filter.status.is_none_or(|status| status == slot.status()) && filter.admits_event(&slot.event)
@@ -58,7 +58,7 @@ impl State {
             })
     }
 
-    pub(super) fn dead_letters(&self, filter: &DeadLetterFilter) -> DeadLetterPage {
+    pub(in crate::provider) fn dead_letters(&self, filter: &DeadLetterFilter) -> DeadLetterPage {
         let mut dead = self.dead(filter);
         let letter = |(_, slot, delivery): (Seq, &Slot, Delivery)| DeadLetter { event: self.record(slot), delivery };
         let letters: Vec<DeadLetter> = dead.by_ref().take(filter.bound()).map(letter).collect();
@@ -67,7 +67,7 @@ impl State {
         DeadLetterPage { letters, next }
     }
 
-    pub(super) fn amend(&mut self, amendment: &Amendment, now: i64) -> u64 {
+    pub(in crate::provider) fn amend(&mut self, amendment: &Amendment, now: i64) -> u64 {
         match amendment {
             Amendment::Redrive(filter) => self.redrive(filter, now),
             Amendment::Replay(replay) => self.replay(replay, now),

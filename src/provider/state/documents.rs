@@ -30,14 +30,14 @@ impl Entry {
 
 /// All documents.
 #[derive(Default)]
-pub(super) struct Shelf {
+pub(in crate::provider) struct Shelf {
     collections: HashMap<String, BTreeMap<String, Entry>>,
     /// The last revision given out, of any document: one that is removed and made again never repeats one.
     revision: u64,
 }
 
 /// What a key-value write leads to: the value and its expiry, or nothing.
-pub(super) struct Change {
+pub(in crate::provider) struct Change {
     collection: String,
     key: String,
     becomes: Option<(Bytes, Option<i64>)>,
@@ -48,17 +48,17 @@ impl Shelf {
         self.collections.get(collection)?.get(key).filter(|entry| entry.is_live(now))
     }
 
-    pub(super) fn get(&self, collection: &str, key: &str, now: i64) -> Option<Document> {
+    pub(in crate::provider) fn get(&self, collection: &str, key: &str, now: i64) -> Option<Document> {
         self.live(collection, key, now).map(Entry::document)
     }
 
-    pub(super) fn check(&self, collection: &str, key: &str, expect: Expect, now: i64) -> Result<bool> {
+    pub(in crate::provider) fn check(&self, collection: &str, key: &str, expect: Expect, now: i64) -> Result<bool> {
         rules::check_document_name(collection, key)?;
         let revision = self.live(collection, key, now).map(|entry| entry.revision);
         if expect.holds(revision) { Ok(revision.is_some()) } else { Err(expect.conflict(collection, key, revision)) }
     }
 
-    pub(super) fn put(&mut self, collection: &str, key: &str, value: Bytes, expires: Option<i64>) -> u64 {
+    pub(in crate::provider) fn put(&mut self, collection: &str, key: &str, value: Bytes, expires: Option<i64>) -> u64 {
         self.revision += 1;
         let entry = Entry { value, revision: self.revision, expires };
         if let Some(documents) = self.collections.get_mut(collection) {
@@ -69,7 +69,7 @@ impl Shelf {
         self.revision
     }
 
-    pub(super) fn remove(&mut self, collection: &str, key: &str) {
+    pub(in crate::provider) fn remove(&mut self, collection: &str, key: &str) {
         if let Some(documents) = self.collections.get_mut(collection) {
             documents.remove(key);
             if documents.is_empty() {
@@ -78,7 +78,13 @@ impl Shelf {
         }
     }
 
-    pub(super) fn list(&self, collection: &str, after: Option<&str>, max: usize, now: i64) -> Vec<(String, Document)> {
+    pub(in crate::provider) fn list(
+        &self,
+        collection: &str,
+        after: Option<&str>,
+        max: usize,
+        now: i64,
+    ) -> Vec<(String, Document)> {
         let Some(documents) = self.collections.get(collection) else { return Vec::new() };
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
         let live = documents.range::<str, _>((from, Bound::Unbounded)).filter(|(_, entry)| entry.is_live(now));
@@ -86,7 +92,7 @@ impl Shelf {
     }
 
     /// Drops what has expired.
-    pub(super) fn expire(&mut self, now: i64) {
+    pub(in crate::provider) fn expire(&mut self, now: i64) {
         self.collections.retain(|_, documents| {
             documents.retain(|_, entry| entry.is_live(now));
             !documents.is_empty()
@@ -94,7 +100,7 @@ impl Shelf {
     }
 
     /// What these writes lead to, in order; `Err` says which one cannot be applied, and why.
-    pub(super) fn plan(&self, writes: &[KvWrite], now: i64) -> std::result::Result<Vec<Change>, String> {
+    pub(in crate::provider) fn plan(&self, writes: &[KvWrite], now: i64) -> std::result::Result<Vec<Change>, String> {
         let mut changes: Vec<Change> = Vec::with_capacity(writes.len());
         for write in writes {
             let KvWrite { bucket, key, change } = write;
@@ -124,7 +130,7 @@ impl Shelf {
         }
     }
 
-    pub(super) fn apply(&mut self, changes: Vec<Change>) {
+    pub(in crate::provider) fn apply(&mut self, changes: Vec<Change>) {
         for Change { collection, key, becomes } in changes {
             match becomes {
                 Some((value, expires)) => drop(self.put(&collection, &key, value, expires)),

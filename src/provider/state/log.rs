@@ -14,10 +14,10 @@ use crate::delivery::Status;
 use crate::event::{Event, EventId, Seq};
 
 /// An event and its deliveries.
-pub(super) struct Slot {
-    pub(super) event: Arc<Event>,
+pub(in crate::provider) struct Slot {
+    pub(in crate::provider) event: Arc<Event>,
     /// When it was sequenced.
-    pub(super) appended: i64,
+    pub(in crate::provider) appended: i64,
     /// In ascending order of `Work::subscription`.
     works: SmallVec<[Work; 1]>,
     tally: Tally,
@@ -26,25 +26,25 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    pub(super) fn status(&self) -> Status {
+    pub(in crate::provider) fn status(&self) -> Status {
         Status::of_event(self.tally.present(), self.started > 0)
     }
 
-    pub(super) fn is_open(&self) -> bool {
+    pub(in crate::provider) fn is_open(&self) -> bool {
         self.tally.open() > 0
     }
 
     /// How many deliveries are open.
-    pub(super) fn open_works(&self) -> u64 {
+    pub(in crate::provider) fn open_works(&self) -> u64 {
         self.tally.open()
     }
 
-    pub(super) fn works(&self) -> &[Work] {
+    pub(in crate::provider) fn works(&self) -> &[Work] {
         &self.works
     }
 
     /// The delivery to a subscription.
-    pub(super) fn work(&self, subscription: usize) -> Option<&Work> {
+    pub(in crate::provider) fn work(&self, subscription: usize) -> Option<&Work> {
         let at = self.place(subscription).ok()?;
         self.works.get(at)
     }
@@ -56,9 +56,9 @@ impl Slot {
 
 /// Events by seq. An erased event leaves its id and seq behind.
 #[derive(Default)]
-pub(super) struct Log {
+pub(in crate::provider) struct Log {
     /// The highest seq given out.
-    pub(super) head: Seq,
+    pub(in crate::provider) head: Seq,
     /// The highest seq that was pruned or evicted.
     pruned: Seq,
     /// The slots from `head + 1 - recent.len()` to `head`.
@@ -74,30 +74,30 @@ pub(super) struct Log {
     /// Events that may be finished, oldest first.
     finished: Queue,
     /// Events by status.
-    pub(super) events: Tally,
+    pub(in crate::provider) events: Tally,
     /// Deliveries by status.
-    pub(super) deliveries: Tally,
+    pub(in crate::provider) deliveries: Tally,
 }
 
 /// Below this many slots, holes cost nothing worth moving anything for.
 const FEW_SLOTS: usize = 1_024;
 
 impl Log {
-    pub(super) fn total(&self) -> u64 {
+    pub(in crate::provider) fn total(&self) -> u64 {
         let Tally { pending, processing, completed, failed } = self.events;
         pending + processing + completed + failed
     }
 
-    pub(super) fn floor(&self) -> Seq {
+    pub(in crate::provider) fn floor(&self) -> Seq {
         self.pruned + 1
     }
 
     #[cfg(test)]
-    pub(super) fn places(&self) -> usize {
+    pub(in crate::provider) fn places(&self) -> usize {
         self.recent.len()
     }
 
-    pub(super) fn seq_of(&self, id: &str) -> Option<Seq> {
+    pub(in crate::provider) fn seq_of(&self, id: &str) -> Option<Seq> {
         self.ids.get(id).copied()
     }
 
@@ -105,7 +105,7 @@ impl Log {
         self.head + 1 - self.recent.len() as Seq
     }
 
-    pub(super) fn get(&self, seq: Seq) -> Option<&Slot> {
+    pub(in crate::provider) fn get(&self, seq: Seq) -> Option<&Slot> {
         match seq.checked_sub(self.first_recent()) {
             Some(offset) => self.recent.get(usize::try_from(offset).ok()?)?.as_deref(),
             None => self.older.get(&seq).map(|slot| &**slot),
@@ -120,7 +120,7 @@ impl Log {
     }
 
     /// The slots after `after`, ascending.
-    pub(super) fn after(&self, after: Seq) -> impl Iterator<Item = (Seq, &Slot)> {
+    pub(in crate::provider) fn after(&self, after: Seq) -> impl Iterator<Item = (Seq, &Slot)> {
         let first = self.first_recent();
         let skip = usize::try_from((after + 1).saturating_sub(first)).unwrap_or(usize::MAX).min(self.recent.len());
         let older = self.older.range(after.saturating_add(1)..).map(|(&seq, slot)| (seq, &**slot));
@@ -133,7 +133,7 @@ impl Log {
     }
 
     /// The slots before `before`, descending.
-    pub(super) fn before(&self, before: Option<Seq>) -> impl Iterator<Item = (Seq, &Slot)> {
+    pub(in crate::provider) fn before(&self, before: Option<Seq>) -> impl Iterator<Item = (Seq, &Slot)> {
         let first = self.first_recent();
         let before = before.unwrap_or(Seq::MAX);
         let keep = usize::try_from(before.saturating_sub(first)).unwrap_or(usize::MAX).min(self.recent.len());
@@ -143,7 +143,7 @@ impl Log {
     }
 
     /// Adds an event whose id is new; `subscriptions` ascend.
-    pub(super) fn push(&mut self, mut event: Event, subscriptions: &[usize], now: i64) -> Status {
+    pub(in crate::provider) fn push(&mut self, mut event: Event, subscriptions: &[usize], now: i64) -> Status {
         self.head += 1;
         event.seq = Some(self.head);
         self.ids.insert(event.id.clone(), self.head);
@@ -161,7 +161,7 @@ impl Log {
     }
 
     /// Changes one delivery through `edit` and keeps the counts in step. `None` when there is no such delivery.
-    pub(super) fn change<T>(
+    pub(in crate::provider) fn change<T>(
         &mut self,
         seq: Seq,
         subscription: usize,
@@ -187,7 +187,7 @@ impl Log {
     }
 
     /// Adds a delivery to an event that has none for the subscription. `false` when it has one, or is gone.
-    pub(super) fn deliver(&mut self, seq: Seq, work: Work) -> bool {
+    pub(in crate::provider) fn deliver(&mut self, seq: Seq, work: Work) -> bool {
         let mut events = self.events;
         let Some(slot) = self.get_mut(seq) else { return false };
         let Err(at) = slot.place(work.subscription) else { return false };
@@ -202,7 +202,7 @@ impl Log {
     }
 
     /// Takes a delivery away.
-    pub(super) fn withdraw(&mut self, seq: Seq, subscription: usize) -> Option<Work> {
+    pub(in crate::provider) fn withdraw(&mut self, seq: Seq, subscription: usize) -> Option<Work> {
         let mut events = self.events;
         let slot = self.get_mut(seq)?;
         let at = slot.place(subscription).ok()?;
@@ -233,7 +233,7 @@ impl Log {
     }
 
     /// Removes an event's content for good, and returns it.
-    pub(super) fn erase(&mut self, seq: Seq) -> Option<Box<Slot>> {
+    pub(in crate::provider) fn erase(&mut self, seq: Seq) -> Option<Box<Slot>> {
         let slot = self.take(seq)?;
         self.erased.insert(seq, (slot.event.id.clone(), slot.event.created_at.as_microsecond()));
         Some(slot)
@@ -247,7 +247,7 @@ impl Log {
     }
 
     /// Removes the oldest finished event. `false` when every event is open.
-    pub(super) fn evict(&mut self) -> bool {
+    pub(in crate::provider) fn evict(&mut self) -> bool {
         while let Some(seq) = self.finished.pop() {
             if self.get(seq).is_some_and(|slot| !slot.is_open()) {
                 self.forget(seq);
@@ -259,7 +259,7 @@ impl Log {
     }
 
     /// Removes the oldest finished events while there are more than `max` events.
-    pub(super) fn shrink(&mut self, max: u64) -> u64 {
+    pub(in crate::provider) fn shrink(&mut self, max: u64) -> u64 {
         let mut gone = 0;
         while self.total() > max && self.evict() {
             gone += 1;
@@ -268,7 +268,7 @@ impl Log {
     }
 
     /// Removes the finished events that were made before `instant`, and the last traces of those erased so long ago.
-    pub(super) fn expire(&mut self, instant: i64) -> u64 {
+    pub(in crate::provider) fn expire(&mut self, instant: i64) -> u64 {
         let old = |slot: &Slot| !slot.is_open() && slot.event.created_at.as_microsecond() < instant;
         let gone: Vec<Seq> = self.after(0).filter(|(_, slot)| old(slot)).map(|(seq, _)| seq).collect();
         for &seq in &gone {

@@ -9,33 +9,33 @@ use crate::delivery::{Attempt, Delivery, Move, Next, Status, Verdict};
 use crate::event::micros;
 
 /// A delivery as it is kept. All instants are microseconds since the Unix epoch.
-pub(super) struct Work {
+pub(in crate::provider) struct Work {
     /// An index into the subscriptions.
-    pub(super) subscription: usize,
-    pub(super) status: Status,
-    pub(super) token: u64,
-    pub(super) due: i64,
-    pub(super) lease_end: i64,
-    pub(super) claimed_at: i64,
-    pub(super) worker: Option<Arc<str>>,
-    pub(super) started_at: Option<i64>,
+    pub(in crate::provider) subscription: usize,
+    pub(in crate::provider) status: Status,
+    pub(in crate::provider) token: u64,
+    pub(in crate::provider) due: i64,
+    pub(in crate::provider) lease_end: i64,
+    pub(in crate::provider) claimed_at: i64,
+    pub(in crate::provider) worker: Option<Arc<str>>,
+    pub(in crate::provider) started_at: Option<i64>,
     /// Whether `started_at` comes from an earlier claim than the present one.
-    pub(super) started_before: bool,
-    pub(super) completed_at: Option<i64>,
-    pub(super) retry_count: u32,
+    pub(in crate::provider) started_before: bool,
+    pub(in crate::provider) completed_at: Option<i64>,
+    pub(in crate::provider) retry_count: u32,
     /// Attempts of the handler that were put back.
-    pub(super) tries: u32,
-    pub(super) infra_faults: u32,
-    pub(super) is_replay: bool,
-    pub(super) verdict: Option<Verdict>,
-    pub(super) error: Option<Arc<str>>,
+    pub(in crate::provider) tries: u32,
+    pub(in crate::provider) infra_faults: u32,
+    pub(in crate::provider) is_replay: bool,
+    pub(in crate::provider) verdict: Option<Verdict>,
+    pub(in crate::provider) error: Option<Arc<str>>,
     /// Most deliveries have one for ever.
-    pub(super) attempts: SmallVec<[Attempt; 1]>,
+    pub(in crate::provider) attempts: SmallVec<[Attempt; 1]>,
 }
 
 impl Work {
     /// A delivery that waits from `now` on.
-    pub(super) fn new(subscription: usize, now: i64) -> Self {
+    pub(in crate::provider) fn new(subscription: usize, now: i64) -> Self {
         Self {
             subscription,
             status: Status::Pending,
@@ -57,12 +57,12 @@ impl Work {
         }
     }
 
-    pub(super) fn is_held(&self, token: u64) -> bool {
+    pub(in crate::provider) fn is_held(&self, token: u64) -> bool {
         self.status == Status::Processing && self.token == token
     }
 
     /// Leases it.
-    pub(super) fn claim(&mut self, worker: &Arc<str>, token: u64, now: i64, lease_end: i64) {
+    pub(in crate::provider) fn claim(&mut self, worker: &Arc<str>, token: u64, now: i64, lease_end: i64) {
         let Some(to) = self.status.after(Move::Claim) else { return };
         self.status = to;
         self.started_before = self.started_at.is_some();
@@ -72,7 +72,7 @@ impl Work {
     }
 
     /// Ends the claim as `next` says.
-    pub(super) fn settle(&mut self, next: Next, attempt: Option<Attempt>, now: i64) {
+    pub(in crate::provider) fn settle(&mut self, next: Next, attempt: Option<Attempt>, now: i64) {
         let (step, attempt) = match next {
             Next::Complete => (Move::Complete, attempt),
             Next::Retry { .. } => (Move::Retry, attempt),
@@ -104,17 +104,17 @@ impl Work {
     }
 
     /// Makes a finished delivery wait again, with fresh budgets.
-    pub(super) fn reopen(&mut self, step: Move, now: i64) {
+    pub(in crate::provider) fn reopen(&mut self, step: Move, now: i64) {
         let Some(to) = self.status.after(step) else { return };
         (self.status, self.due, self.completed_at) = (to, now, None);
         (self.tries, self.infra_faults) = (0, 0);
     }
 
-    pub(super) fn number(&self) -> u32 {
+    pub(in crate::provider) fn number(&self) -> u32 {
         self.attempts.last().map_or(0, |attempt| attempt.number).saturating_add(1)
     }
 
-    pub(super) fn delivery(&self, subscription: Arc<str>) -> Delivery {
+    pub(in crate::provider) fn delivery(&self, subscription: Arc<str>) -> Delivery {
         Delivery {
             subscription,
             status: self.status,
@@ -132,11 +132,11 @@ impl Work {
 
 /// How many there are in each status.
 #[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Tally {
-    pub(super) pending: u64,
-    pub(super) processing: u64,
-    pub(super) completed: u64,
-    pub(super) failed: u64,
+pub(in crate::provider) struct Tally {
+    pub(in crate::provider) pending: u64,
+    pub(in crate::provider) processing: u64,
+    pub(in crate::provider) completed: u64,
+    pub(in crate::provider) failed: u64,
 }
 
 impl Tally {
@@ -149,33 +149,33 @@ impl Tally {
         }
     }
 
-    pub(super) fn present(self) -> impl Iterator<Item = Status> {
+    pub(in crate::provider) fn present(self) -> impl Iterator<Item = Status> {
         let counts = [self.pending, self.processing, self.completed, self.failed];
         Status::ALL.into_iter().zip(counts).filter(|&(_, count)| count > 0).map(|(status, _)| status)
     }
 
-    pub(super) fn add(&mut self, status: Status) {
+    pub(in crate::provider) fn add(&mut self, status: Status) {
         *self.of(status) += 1;
     }
 
-    pub(super) fn remove(&mut self, status: Status) {
+    pub(in crate::provider) fn remove(&mut self, status: Status) {
         let count = self.of(status);
         *count = count.saturating_sub(1);
     }
 
-    pub(super) fn shift(&mut self, from: Status, to: Status) {
+    pub(in crate::provider) fn shift(&mut self, from: Status, to: Status) {
         if from != to {
             self.remove(from);
             self.add(to);
         }
     }
 
-    pub(super) fn open(self) -> u64 {
+    pub(in crate::provider) fn open(self) -> u64 {
         self.pending + self.processing
     }
 }
 
 /// A span in microseconds; what is too long for the type is as long as the type allows.
-pub(super) fn as_micros(span: Duration) -> i64 {
+pub(in crate::provider) fn as_micros(span: Duration) -> i64 {
     i64::try_from(span.as_micros()).unwrap_or(i64::MAX)
 }

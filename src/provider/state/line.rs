@@ -13,8 +13,8 @@ use crate::event::Seq;
 use crate::subscription::Ordering;
 
 /// One subscription's line.
-pub(super) struct Line {
-    pub(super) name: Arc<str>,
+pub(in crate::provider) struct Line {
+    pub(in crate::provider) name: Arc<str>,
     ready: Queue,
     /// By due time.
     waiting: BinaryHeap<Reverse<(i64, Seq)>>,
@@ -30,7 +30,7 @@ pub(super) struct Line {
 const FEW_LEASES: usize = 1_024;
 
 impl Line {
-    pub(super) fn new(name: Arc<str>) -> Self {
+    pub(in crate::provider) fn new(name: Arc<str>) -> Self {
         Self {
             name,
             ready: Queue::default(),
@@ -41,30 +41,30 @@ impl Line {
         }
     }
 
-    pub(super) fn ordering(&self) -> Ordering {
+    pub(in crate::provider) fn ordering(&self) -> Ordering {
         if self.keys.is_some() { Ordering::Key } else { Ordering::None }
     }
 
     /// Forgets everything and begins anew with this ordering.
-    pub(super) fn restart(&mut self, ordering: Ordering) {
+    pub(in crate::provider) fn restart(&mut self, ordering: Ordering) {
         *self = Self::new(Arc::clone(&self.name));
         self.keys = (ordering == Ordering::Key).then(HashMap::new);
     }
 
     /// A delivery has become open.
-    pub(super) fn open(&mut self, seq: Seq, key: Option<&Arc<str>>) {
+    pub(in crate::provider) fn open(&mut self, seq: Seq, key: Option<&Arc<str>>) {
         if let (Some(keys), Some(key)) = (&mut self.keys, key) {
             keys.entry(Arc::clone(key)).or_default().insert(seq);
         }
     }
 
     /// A delivery waits for `due`.
-    pub(super) fn wait(&mut self, seq: Seq, due: i64, now: i64) {
+    pub(in crate::provider) fn wait(&mut self, seq: Seq, due: i64, now: i64) {
         if due <= now { self.ready.push(seq) } else { self.waiting.push(Reverse((due, seq))) }
     }
 
     /// A delivery has ended or is gone: the next one of its key has its turn.
-    pub(super) fn close(&mut self, seq: Seq, key: Option<&Arc<str>>) {
+    pub(in crate::provider) fn close(&mut self, seq: Seq, key: Option<&Arc<str>>) {
         let (Some(keys), Some(key)) = (&mut self.keys, key) else { return };
         let Some(seqs) = keys.get_mut(key) else { return };
         seqs.remove(&seq);
@@ -75,26 +75,26 @@ impl Line {
     }
 
     /// Whether no earlier delivery of the key is open.
-    pub(super) fn is_turn(&self, seq: Seq, key: Option<&Arc<str>>) -> bool {
+    pub(in crate::provider) fn is_turn(&self, seq: Seq, key: Option<&Arc<str>>) -> bool {
         let (Some(keys), Some(key)) = (&self.keys, key) else { return true };
         keys.get(key).and_then(BTreeSet::first).is_none_or(|&first| first >= seq)
     }
 
-    pub(super) fn lease(&mut self, end: i64, seq: Seq, token: u64) {
+    pub(in crate::provider) fn lease(&mut self, end: i64, seq: Seq, token: u64) {
         self.leased += 1;
         self.leases.push(Reverse((end, seq, token)));
     }
 
-    pub(super) fn renew(&mut self, end: i64, seq: Seq, token: u64) {
+    pub(in crate::provider) fn renew(&mut self, end: i64, seq: Seq, token: u64) {
         self.leases.push(Reverse((end, seq, token)));
     }
 
-    pub(super) fn unlease(&mut self) {
+    pub(in crate::provider) fn unlease(&mut self) {
         self.leased = self.leased.saturating_sub(1);
     }
 
     /// Drops the entries of leases that are no longer held, when they are most of all.
-    pub(super) fn tidy(&mut self, log: &Log, subscription: usize) {
+    pub(in crate::provider) fn tidy(&mut self, log: &Log, subscription: usize) {
         if self.leases.len() > FEW_LEASES + 2 * self.leased {
             let held = |&Reverse((_, seq, token)): &Reverse<(i64, Seq, u64)>| {
                 log.get(seq).and_then(|slot| slot.work(subscription)).is_some_and(|work| work.is_held(token))
@@ -104,7 +104,7 @@ impl Line {
     }
 
     /// The next delivery that may be ready.
-    pub(super) fn pop(&mut self, now: i64) -> Option<Seq> {
+    pub(in crate::provider) fn pop(&mut self, now: i64) -> Option<Seq> {
         while let Some(&Reverse((due, seq))) = self.waiting.peek()
             && due <= now
         {
@@ -115,7 +115,7 @@ impl Line {
     }
 
     /// The next lease that may have expired, with its token.
-    pub(super) fn pop_expired(&mut self, now: i64) -> Option<(Seq, u64)> {
+    pub(in crate::provider) fn pop_expired(&mut self, now: i64) -> Option<(Seq, u64)> {
         let &Reverse((end, seq, token)) = self.leases.peek()?;
         if end > now {
             return None;
@@ -125,7 +125,7 @@ impl Line {
     }
 
     /// When something may become due or expire.
-    pub(super) fn next_time(&self) -> Option<i64> {
+    pub(in crate::provider) fn next_time(&self) -> Option<i64> {
         let due = self.waiting.peek().map(|&Reverse((due, _))| due);
         let end = self.leases.peek().map(|&Reverse((end, ..))| end);
         due.into_iter().chain(end).min()

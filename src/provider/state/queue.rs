@@ -8,7 +8,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use crate::event::Seq;
 
 #[derive(Default)]
-pub(super) struct Queue {
+pub(in crate::provider) struct Queue {
     /// Ascending.
     ordered: VecDeque<Seq>,
     /// What came after something greater.
@@ -16,7 +16,7 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub(super) fn push(&mut self, seq: Seq) {
+    pub(in crate::provider) fn push(&mut self, seq: Seq) {
         match self.ordered.back() {
             Some(&last) if last > seq => self.late.push(Reverse(seq)),
             Some(&last) if last == seq => {}
@@ -24,7 +24,7 @@ impl Queue {
         }
     }
 
-    pub(super) fn pop(&mut self) -> Option<Seq> {
+    pub(in crate::provider) fn pop(&mut self) -> Option<Seq> {
         match (self.ordered.front(), self.late.peek()) {
             (Some(&first), Some(&Reverse(late))) if late <= first => self.late.pop().map(|Reverse(seq)| seq),
             (None, Some(_)) => self.late.pop().map(|Reverse(seq)| seq),

@@ -1,6 +1,14 @@
-//! All that the store holds, and what happens to it: append, claim, renew and settle.
+//! All that a store in memory holds, and what happens to it: append, claim, renew and settle.
 //!
-//! Synchronous, and handed the time: the lock and the clock are [`MemoryProvider`](super::MemoryProvider)'s.
+//! A state machine: synchronous, handed the time and the seed of its lease tokens, so that the same calls in the same order
+//! make the same state anywhere. The lock, the clock and what outlives the process are its provider's.
+
+mod documents;
+mod line;
+mod log;
+mod operate;
+mod queue;
+mod work;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -10,11 +18,10 @@ use foldhash::HashMap;
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 
-use super::Options;
-use super::documents::Shelf;
-use super::line::Line;
-use super::log::Log;
-use super::work::as_micros;
+use self::documents::Shelf;
+use self::line::Line;
+use self::log::Log;
+pub(in crate::provider) use self::work::as_micros;
 use crate::delivery::{Attempt, Next, Status};
 use crate::error::{Error, Result};
 use crate::event::{Event, Seq, micros};
@@ -24,21 +31,19 @@ use crate::provider::{
 use crate::subscription::Ordering;
 
 /// The contents of the store.
-pub(super) struct State {
-    pub(super) log: Log,
-    pub(super) lines: Lines,
-    pub(super) shelf: Shelf,
-    pub(super) evictions: u64,
+pub(in crate::provider) struct State {
+    pub(in crate::provider) log: Log,
+    pub(in crate::provider) lines: Lines,
+    pub(in crate::provider) shelf: Shelf,
+    pub(in crate::provider) evictions: u64,
     /// Where lease tokens come from.
     tokens: SmallRng,
     max_events: u64,
-    /// When to look for old events next.
-    next_cleanup: i64,
 }
 
 /// The lines by subscription. An index, once given, stays.
 #[derive(Default)]
-pub(super) struct Lines {
+pub(in crate::provider) struct Lines {
     list: Vec<Line>,
     names: HashMap<Arc<str>, usize>,
     /// Publishers hand in the same list of names again and again.
@@ -52,11 +57,11 @@ struct Lookup {
 }
 
 impl Lines {
-    pub(super) fn find(&self, name: &str) -> Option<usize> {
+    pub(in crate::provider) fn find(&self, name: &str) -> Option<usize> {
         self.names.get(name).copied()
     }
 
-    pub(super) fn index(&mut self, name: &Arc<str>) -> usize {
+    pub(in crate::provider) fn index(&mut self, name: &Arc<str>) -> usize {
         if let Some(index) = self.find(name) {
             return index;
         }
@@ -80,39 +85,29 @@ impl Lines {
         indices
     }
 
-    pub(super) fn get(&mut self, index: usize) -> Option<&mut Line> {
+    pub(in crate::provider) fn get(&mut self, index: usize) -> Option<&mut Line> {
         self.list.get_mut(index)
     }
 
-    pub(super) fn name(&self, index: usize) -> Arc<str> {
+    pub(in crate::provider) fn name(&self, index: usize) -> Arc<str> {
         self.list.get(index).map(|line| Arc::clone(&line.name)).unwrap_or_default()
     }
 }
 
 impl State {
-    pub(super) fn new(max_events: u64) -> Self {
+    /// Empty, with room for `max_events`; `seed` is where its lease tokens come from.
+    pub(in crate::provider) fn new(max_events: u64, seed: u64) -> Self {
         Self {
             log: Log::default(),
             lines: Lines::default(),
             shelf: Shelf::default(),
             evictions: 0,
-            tokens: SmallRng::seed_from_u64(rand::random()),
+            tokens: SmallRng::seed_from_u64(seed),
             max_events,
-            next_cleanup: 0,
         }
     }
 
-    /// Lets go of what is old, if it is time to look for it.
-    pub(super) fn clean_up(&mut self, options: &Options, now: i64) {
-        if now < self.next_cleanup {
-            return;
-        }
-        self.next_cleanup = now.saturating_add(as_micros(options.cleanup_interval));
-        self.log.expire(now.saturating_sub(as_micros(options.max_age)));
-        self.shelf.expire(now);
-    }
-
-    pub(super) fn append(&mut self, batch: Vec<Append>, now: i64) -> Result<Vec<Appended>> {
+    pub(in crate::provider) fn append(&mut self, batch: Vec<Append>, now: i64) -> Result<Vec<Appended>> {
         if !self.has_room(&batch, 0) {
             let reason = format!("all of the {} events that memory may hold are open", self.max_events);
             return Err(Error::Overloaded { reason: reason.into(), retry_after: Duration::from_secs(1) });
@@ -137,7 +132,7 @@ impl State {
     fn append_one(&mut self, append: Append, now: i64) -> Appended {
         let Append { event, subscriptions } = append;
         if let Some(seq) = self.log.seq_of(event.id.as_str()) {
-            let status = self.log.get(seq).map_or(Status::Completed, super::log::Slot::status);
+            let status = self.log.get(seq).map_or(Status::Completed, log::Slot::status);
             return Appended { seq, duplicate: true, status };
         }
         let indices = self.lines.indices(&subscriptions);
@@ -156,7 +151,7 @@ impl State {
         Appended { seq, duplicate: false, status }
     }
 
-    pub(super) fn claim(&mut self, request: &ClaimRequest, now: i64) -> Claimed {
+    pub(in crate::provider) fn claim(&mut self, request: &ClaimRequest, now: i64) -> Claimed {
         let mut claimed = Claimed::default();
         let mut next_time: Option<i64> = None;
         for want in &request.wants {
@@ -239,7 +234,7 @@ impl State {
         line.tidy(log, index);
     }
 
-    pub(super) fn renew(&mut self, key: &LeaseKey, lease: Duration, now: i64) -> bool {
+    pub(in crate::provider) fn renew(&mut self, key: &LeaseKey, lease: Duration, now: i64) -> bool {
         let Some(index) = self.held(key) else { return false };
         let end = now.saturating_add(as_micros(lease));
         self.log.change(key.seq, index, |_, work| work.lease_end = end);
@@ -256,7 +251,7 @@ impl State {
         work.is_held(key.token).then_some(index)
     }
 
-    pub(super) fn settle(&mut self, settlement: Settlement, now: i64) -> Settled {
+    pub(in crate::provider) fn settle(&mut self, settlement: Settlement, now: i64) -> Settled {
         let Settlement { key, next, attempt, published, writes } = settlement;
         let Some(index) = self.held(&key) else { return Settled::Stale };
         if next != Next::Complete {
@@ -282,14 +277,14 @@ impl State {
     }
 
     fn is_open(&self, seq: Seq) -> bool {
-        self.log.get(seq).is_some_and(super::log::Slot::is_open)
+        self.log.get(seq).is_some_and(log::Slot::is_open)
     }
 
     /// Ends a claim and lines the delivery up again, or the next one of its key.
     fn end(&mut self, index: usize, seq: Seq, next: Next, attempt: Option<Attempt>, now: i64) {
         let Self { log, lines, .. } = self;
         let Some(line) = lines.get(index) else { return };
-        let edit = |event: &Event, work: &mut super::work::Work| {
+        let edit = |event: &Event, work: &mut work::Work| {
             work.settle(next, attempt, now);
             line.unlease();
             match work.status.is_terminal() {
