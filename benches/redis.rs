@@ -160,7 +160,7 @@ async fn memory() {
     let used = async || provider.stats().await.unwrap().provider_specific["used_memory"].as_f64().unwrap();
     let empty = used().await;
     let names: Arc<[Arc<str>]> = [Arc::from("all")].into();
-    let append = || Append { event: event(), subscriptions: Arc::clone(&names) };
+    let append = || Append { event: Arc::new(event()), subscriptions: Arc::clone(&names) };
     let mut rows = Vec::new();
     for _ in 0..3 {
         for _ in 0..KEPT / BATCH {

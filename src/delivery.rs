@@ -352,10 +352,10 @@ pub struct Attempt {
     pub worker: Arc<str>,
     /// Why it did not succeed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub error: Option<Fault>,
+    pub error: Option<Box<Fault>>,
     /// What the handler answered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reply: Option<Reply>,
+    pub reply: Option<Box<Reply>>,
     /// What the host saw.
     #[serde(flatten)]
     pub trace: Trace,

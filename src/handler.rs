@@ -94,11 +94,11 @@ pub struct Outcome {
     /// How it ended.
     pub verdict: Verdict,
     /// Why it did not succeed.
-    pub fault: Option<Fault>,
+    pub fault: Option<Box<Fault>>,
     /// The delay that the handler asks for before the next attempt.
     pub retry_after: Option<Duration>,
     /// The handler's answer.
-    pub reply: Option<Reply>,
+    pub reply: Option<Box<Reply>>,
     /// What commits with success. Ignored for any verdict but [`Verdict::Ok`].
     pub effects: Effects,
     /// What the host saw.
@@ -115,10 +115,10 @@ impl Outcome {
     /// An attempt that ended with `verdict` because of `fault`.
     #[must_use]
     pub fn failed(verdict: Verdict, fault: Fault) -> Self {
-        Self::ended(verdict, Some(fault))
+        Self::ended(verdict, Some(Box::new(fault)))
     }
 
-    fn ended(verdict: Verdict, fault: Option<Fault>) -> Self {
+    fn ended(verdict: Verdict, fault: Option<Box<Fault>>) -> Self {
         Self { verdict, fault, retry_after: None, reply: None, effects: Effects::default(), trace: Trace::default() }
     }
 }
@@ -257,7 +257,7 @@ where
         match (self.function)(call).await {
             Ok(success) => {
                 let Success { reply, effects } = success.into();
-                Outcome { reply, effects, ..Outcome::ok() }
+                Outcome { reply: reply.map(Box::new), effects, ..Outcome::ok() }
             }
             Err(Failure::Retry { fault, after }) => {
                 Outcome { retry_after: after, ..Outcome::failed(Verdict::Retry, fault) }

@@ -181,8 +181,8 @@ impl Families {
             "Attempts of plugins by how they ended",
             f.plugin_attempts.clone(),
         );
-        registry.register("tidegate_guest_seconds", "Time in a guest", f.guest_time.clone());
-        registry.register("tidegate_guest_fuel", "Fuel used by an attempt", f.fuel.clone());
+        registry.register("tidegate_guest_seconds", "Time in a call of a guest", f.guest_time.clone());
+        registry.register("tidegate_guest_fuel", "Fuel used by a call of a guest", f.fuel.clone());
         registry.register("tidegate_store_seconds", "Time of a store operation", f.store_time.clone());
         registry.register("tidegate_store_batch_size", "Entries of a store operation", f.batch_size.clone());
         f.feed.register(registry);
@@ -390,9 +390,14 @@ impl PluginMetrics {
         }
     }
 
-    /// Counts an attempt: how it ended, how many seconds it took, and the fuel it used where that is measured.
-    pub fn attempt(&self, verdict: Verdict, seconds: f64, fuel: Option<u64>) {
+    /// Counts an attempt: how it ended.
+    pub fn attempt(&self, verdict: Verdict) {
         count(&self.attempts, verdict);
+    }
+
+    /// Counts a call of the guest, with one event or with several: how many seconds it took, and the fuel it used where
+    /// that is measured.
+    pub fn call(&self, seconds: f64, fuel: Option<u64>) {
         self.guest_time.observe(seconds);
         if let Some(fuel) = fuel {
             #[expect(clippy::cast_precision_loss, reason = "a histogram needs no more than 52 bits of fuel")]
@@ -415,10 +420,10 @@ pub struct OperationMetrics {
 }
 
 impl OperationMetrics {
-    /// Counts one call that took `time` for `entries` entries.
+    /// Counts one call for `entries` entries that took `time`, where that was measured.
     #[expect(clippy::cast_precision_loss, reason = "a batch is far below 2^52")]
-    pub fn observe(&self, time: Duration, entries: usize) {
-        self.time.observe(time.as_secs_f64());
+    pub fn observe(&self, time: Option<Duration>, entries: usize) {
+        time.iter().for_each(|time| self.time.observe(time.as_secs_f64()));
         self.batch.observe(entries as f64);
     }
 }
@@ -491,8 +496,12 @@ mod tests {
     #[test]
     fn the_versions_of_a_plugin_that_keep_their_figures_are_bounded() {
         let metrics = Metrics::default();
-        let count = |digest: &str| metrics.of_plugin("totals", digest).attempt(Verdict::Ok, 0.1, Some(1));
-        metrics.of_plugin("other", "d0").attempt(Verdict::Ok, 0.1, Some(1));
+        let count = |digest: &str| {
+            let metrics = metrics.of_plugin("totals", digest);
+            metrics.attempt(Verdict::Ok);
+            metrics.call(0.1, Some(1));
+        };
+        metrics.of_plugin("other", "d0").attempt(Verdict::Ok);
         (0..KEPT_VERSIONS).for_each(|n| count(&format!("d{n}")));
         count("d0");
         count("new");

@@ -3,6 +3,7 @@
 //! An attempt ends by itself, by its timeout, or by a panic that is caught here; in each case the worker lives on.
 
 use std::any::Any;
+use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
@@ -11,11 +12,12 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
+use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::Shared;
 use super::chain;
-use super::lanes::{Binding, Job, Turn};
+use super::lanes::{Binding, Finished, Job, Turn};
 use super::settle::Ended;
 use crate::delivery::{Fault, Verdict};
 use crate::error::Result;
@@ -33,7 +35,7 @@ const SHORT: Duration = Duration::from_micros(50);
 
 /// Works until the lanes are closed and empty. Before the worker waits for anything, what it did is settled.
 pub(super) async fn work(shared: Arc<Shared>) {
-    let mut finished: Option<Arc<Binding>> = None;
+    let mut finished: Option<Finished> = None;
     let mut ended = Vec::with_capacity(TOGETHER);
     loop {
         let (turn, hungry) = shared.lanes.next(finished.take().as_ref());
@@ -41,8 +43,7 @@ pub(super) async fn work(shared: Arc<Shared>) {
         let refilled = hungry && shared.refill(busy).await;
         match turn {
             Turn::Work(job) => {
-                finished = Some(Arc::clone(&job.binding));
-                attempts(&shared, job, &mut ended).await;
+                finished = Some(attempts(&shared, job, &mut ended).await);
             }
             _ if !ended.is_empty() => shared.settle(&mut ended).await,
             Turn::Wait if refilled => {}
@@ -53,24 +54,53 @@ pub(super) async fn work(shared: Arc<Shared>) {
 }
 
 /// Makes the attempts of a job: in one call where the handler takes several, else one after the other. What they came
-/// to is settled in time.
-async fn attempts(shared: &Arc<Shared>, Job { binding, leases, began }: Job, ended: &mut Vec<Ended>) {
-    if leases.len() > 1 {
-        shared.settle(ended).await;
-        let (started_at, calls) = (now(), leases.iter().map(|lease| call(shared, &binding, lease)).collect());
-        if let Some(outcomes) = together(&binding, calls).await.filter(|outcomes| outcomes.len() == leases.len()) {
-            let duration = began.elapsed();
-            for (lease, outcome) in leases.into_iter().zip(outcomes) {
-                let binding = Arc::clone(&binding);
-                let outcome = within_chain(shared, &lease, outcome).await;
-                ended.push(Ended { lease, binding, outcome, started_at, duration });
-            }
-            return settle_in_time(shared, ended).await;
+/// to is settled in time, and what has not begun when one of them takes long is left to others.
+async fn attempts(shared: &Arc<Shared>, job: Job, ended: &mut Vec<Ended>) -> Finished {
+    let Job { binding, mut leases, is_batch } = job;
+    if is_batch {
+        batch(shared, &binding, leases, ended).await;
+        return Finished { binding, was_short: false };
+    }
+    let (mut was_short, mut watch) = (true, Watch::start());
+    while let Some(lease) = leases.pop_front() {
+        attempt(shared, &binding, &mut watch, lease, &mut leases, ended).await;
+        if ended.last().is_some_and(|last| last.duration > SHORT) {
+            was_short = false;
+            leave(shared, &binding, &mut leases).await;
+        }
+        if settle_in_time(shared, ended).await {
+            watch = Watch::start();
         }
     }
-    for lease in leases {
-        attempt(shared, &binding, lease, ended).await;
+    Finished { binding, was_short }
+}
+
+/// Makes attempts in one call, or each in its own where that does not work out.
+async fn batch(shared: &Arc<Shared>, binding: &Arc<Binding>, leases: VecDeque<Lease>, ended: &mut Vec<Ended>) {
+    shared.settle(ended).await;
+    let mut watch = Watch::start();
+    let calls = leases.iter().map(|lease| call(shared, binding, lease)).collect();
+    if let Some(outcomes) = together(binding, calls).await.filter(|outcomes| outcomes.len() == leases.len()) {
+        let (started_at, duration) = watch.lap();
+        for (lease, outcome) in leases.into_iter().zip(outcomes) {
+            let outcome = within_chain(shared, &lease, outcome).await;
+            ended.push(Ended { lease, binding: Arc::clone(binding), outcome, started_at, duration });
+        }
         settle_in_time(shared, ended).await;
+        return;
+    }
+    for lease in leases {
+        // Nothing is left to others, who would try them in one call again.
+        attempt(shared, binding, &mut Watch::start(), lease, &mut VecDeque::new(), ended).await;
+        settle_in_time(shared, ended).await;
+    }
+}
+
+/// Leaves what has not begun to other workers.
+async fn leave(shared: &Shared, binding: &Binding, leases: &mut VecDeque<Lease>) {
+    let homeless = shared.lanes.give_back(binding, leases);
+    if let Err(error) = shared.release(homeless).await {
+        tracing::warn!(error = %error, "cannot give leases back; they expire by themselves");
     }
 }
 
@@ -78,10 +108,36 @@ async fn attempts(shared: &Arc<Shared>, Job { binding, leases, began }: Job, end
 ///
 /// Handlers that never wait would keep the thread for as long as there is work, and the runtime lets nobody else take
 /// over what was woken here last, be it another worker or a publisher: hence a turn for others.
-async fn settle_in_time(shared: &Arc<Shared>, ended: &mut Vec<Ended>) {
-    if ended.len() >= TOGETHER || ended.last().is_some_and(|last| last.duration > SHORT) {
+async fn settle_in_time(shared: &Arc<Shared>, ended: &mut Vec<Ended>) -> bool {
+    let is_time = ended.len() >= TOGETHER || ended.last().is_some_and(|last| last.duration > SHORT);
+    if is_time {
         shared.settle(ended).await;
         tokio::task::yield_now().await;
+    }
+    is_time
+}
+
+/// Times attempts that follow one upon the other: where one ends the next begins, so that the clock is read once for
+/// each, which takes about as long as anything else that is done for a short one.
+struct Watch {
+    started: Instant,
+    started_at: Timestamp,
+    last: Instant,
+}
+
+impl Watch {
+    fn start() -> Self {
+        let started = Instant::now();
+        Self { started, started_at: now(), last: started }
+    }
+
+    /// When the attempt that ends now began, and how long it took.
+    fn lap(&mut self) -> (Timestamp, Duration) {
+        let (began, ended) = (self.last, Instant::now());
+        self.last = ended;
+        // As exact as every other time that is kept.
+        let since = Duration::from_micros(u64::try_from((began - self.started).as_micros()).unwrap_or(u64::MAX));
+        (self.started_at.checked_add(since).unwrap_or(self.started_at), ended.duration_since(began))
     }
 }
 
@@ -97,21 +153,29 @@ fn call(shared: &Arc<Shared>, binding: &Binding, lease: &Lease) -> Call {
     }
 }
 
-async fn attempt(shared: &Arc<Shared>, binding: &Arc<Binding>, lease: Lease, ended: &mut Vec<Ended>) {
-    let (began, started_at) = (Instant::now(), now());
+/// Makes one attempt. If it waits for something, the worker settles what it did and leaves the `rest` to others.
+async fn attempt(
+    shared: &Arc<Shared>,
+    binding: &Arc<Binding>,
+    watch: &mut Watch,
+    lease: Lease,
+    rest: &mut VecDeque<Lease>,
+    ended: &mut Vec<Ended>,
+) {
     let outcome = {
         let mut handling = pin!(AssertUnwindSafe(binding.handler.handle(call(shared, binding, &lease))).catch_unwind());
         // What ends at once needs no timer.
         match handling.as_mut().now_or_never() {
             Some(outcome) => outcome.unwrap_or_else(|panic| panicked(&*panic)),
             None => {
+                leave(shared, binding, rest).await;
                 shared.settle(ended).await;
                 patiently(binding, handling).await
             }
         }
     };
     let outcome = within_chain(shared, &lease, outcome).await;
-    let duration = began.elapsed();
+    let (started_at, duration) = watch.lap();
     ended.push(Ended { lease, binding: Arc::clone(binding), outcome, started_at, duration });
 }
 

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, Sleep};
 
 use super::Shared;
-use super::lanes::{Lanes, Places, Wanted};
+use super::lanes::{Claim, Lanes, Places, Wanted};
 use super::service::raised;
 use crate::delivery::{Next, Verdict};
 use crate::provider::{ClaimRequest, Claimed, Lease, Lost};
@@ -142,10 +142,11 @@ impl Shared {
                 return None;
             }
         };
-        let at = Instant::now();
-        self.operations.claim.observe(at - now, leases.len());
+        let given = self.timing();
+        self.operations.claim.observe(given.map(|at| at - now), leases.len());
+        let at = given.unwrap_or(now);
         self.leases.hold(&leases, at);
-        let homeless = claiming.end(leases, wake);
+        let homeless = claiming.end(leases, at, wake);
         if let Err(error) = self.release(homeless).await {
             tracing::warn!(error = %error, "cannot give leases back; they expire by themselves");
         }
@@ -184,9 +185,9 @@ impl<'a> Claiming<'a> {
     }
 
     /// Hands the lanes what they got; returns what is not theirs.
-    fn end(&mut self, leases: Vec<Lease>, wake: bool) -> Vec<Lease> {
+    fn end(&mut self, leases: Vec<Lease>, at: Instant, wake: bool) -> Vec<Lease> {
         self.ended = true;
-        self.lanes.accept(&self.request, &self.places, leases, wake)
+        self.lanes.accept(Claim { request: &self.request, places: &self.places, leases, at }, wake)
     }
 }
 

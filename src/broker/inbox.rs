@@ -8,7 +8,6 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::Shared;
 use super::service::raised;
@@ -66,7 +65,7 @@ impl Shared {
     /// Moves all that there is.
     async fn route(&self) -> Result<()> {
         loop {
-            let began = Instant::now();
+            let began = self.timing();
             let routed = {
                 let _gate = self.router.hold().await;
                 let routes = self.router.compiled()?;
@@ -78,7 +77,7 @@ impl Shared {
                 self.provider.route(&request).await?
             };
             if routed.taken > 0 {
-                self.operations.route.observe(began.elapsed(), routed.taken);
+                self.operations.route.observe(began.map(|began| began.elapsed()), routed.taken);
                 routed.events.iter().for_each(|event| self.took_in(event));
             }
             if routed.taken < ROUTE {

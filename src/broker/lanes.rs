@@ -25,6 +25,9 @@ use crate::subscription::Ordering;
 /// The most lanes asked about in one claim.
 const WANTS: usize = 256;
 
+/// The most deliveries that a worker takes at once where attempts are short.
+const RUN: usize = 16;
+
 /// What a worker needs to make attempts for a subscription.
 pub(super) struct Binding {
     pub(super) name: Arc<str>,
@@ -45,12 +48,20 @@ struct Queued {
     since: Instant,
 }
 
-/// What a worker takes on at once: one attempt, or as many as the handler takes in one call.
+/// What a worker takes on at once: one delivery, as many as the handler takes in one call, or a few of those whose
+/// attempts are short.
 pub(super) struct Job {
     pub(super) binding: Arc<Binding>,
-    pub(super) leases: SmallVec<[Lease; 1]>,
-    /// When a worker took it.
-    pub(super) began: Instant,
+    pub(super) leases: VecDeque<Lease>,
+    /// Whether all are for one call.
+    pub(super) is_batch: bool,
+}
+
+/// A job that is done.
+pub(super) struct Finished {
+    pub(super) binding: Arc<Binding>,
+    /// Whether none of its attempts took long.
+    pub(super) was_short: bool,
 }
 
 struct Lane {
@@ -58,6 +69,9 @@ struct Lane {
     queue: VecDeque<Queued>,
     running: usize,
     limit: usize,
+    /// How many deliveries a worker takes at once: more while their attempts are short, since taking one costs as much as
+    /// a short attempt.
+    run: usize,
     paused: bool,
     rate: Option<Rate>,
     window: Window,
@@ -81,6 +95,7 @@ impl Lane {
             queue: VecDeque::new(),
             running: 0,
             limit,
+            run: 1,
             paused: known.subscription.paused,
             rate: known.subscription.rate.map(|rate| Rate::new(rate.get())),
             window: Window::new(limit, buffer),
@@ -146,6 +161,16 @@ impl Wanted {
     pub(super) fn is_empty(&self) -> bool {
         self.wants.is_empty()
     }
+}
+
+/// What a claim gave.
+pub(super) struct Claim<'a> {
+    pub(super) request: &'a ClaimRequest,
+    /// The lanes of its wants.
+    pub(super) places: &'a Places,
+    pub(super) leases: Vec<Lease>,
+    /// When it was given.
+    pub(super) at: Instant,
 }
 
 /// All lanes of this process.
@@ -334,8 +359,9 @@ impl Lanes {
 
     /// Queues what a claim gave, for a worker to be woken or the one that claimed; returns what came for lanes that are
     /// gone.
-    pub(super) fn accept(&self, claim: &ClaimRequest, places: &Places, leases: Vec<Lease>, wake: bool) -> Vec<Lease> {
-        let (wants, since, mut state) = (&claim.wants, Instant::now(), self.lock());
+    pub(super) fn accept(&self, claim: Claim<'_>, wake: bool) -> Vec<Lease> {
+        let Claim { request: ClaimRequest { wants, .. }, places, leases, at: since } = claim;
+        let mut state = self.lock();
         let (mut homeless, mut place, closed) = (Vec::new(), 0, state.closed);
         for lease in leases {
             // Mostly the same lane as before, or one soon after it.
@@ -384,10 +410,10 @@ impl Lanes {
     /// What a worker does now that it has finished an attempt of `finished`.
     ///
     /// The second value says that some lane could do with another claim.
-    pub(super) fn next(&self, finished: Option<&Arc<Binding>>) -> (Turn, bool) {
+    pub(super) fn next(&self, finished: Option<&Finished>) -> (Turn, bool) {
         let mut state = self.lock();
         match finished {
-            Some(binding) => state.finish(binding.lane),
+            Some(finished) => state.finish(finished),
             None => state.searching = false,
         }
         let (turn, hungry) = match state.take_job() {
@@ -406,6 +432,28 @@ impl Lanes {
             self.wake_worker(state);
         }
         (turn, hungry)
+    }
+
+    /// Queues again, before all others, what a worker took that is kept by the one before it; returns what has no lane any
+    /// more.
+    pub(super) fn give_back(&self, binding: &Binding, leases: &mut VecDeque<Lease>) -> Vec<Lease> {
+        if leases.is_empty() {
+            return Vec::new();
+        }
+        let (since, mut state) = (Instant::now(), self.lock());
+        let closed = state.closed;
+        let Some(lane) = state.lane(binding.lane).filter(|lane| !lane.paused && !closed) else {
+            return leases.drain(..).collect();
+        };
+        let count = leases.len();
+        lane.run = 1;
+        while let Some(lease) = leases.pop_back() {
+            lane.queue.push_front(Queued { lease, since });
+        }
+        state.queued += count;
+        state.take_turn(binding.lane);
+        self.wake_worker(state);
+        Vec::new()
     }
 
     /// Waits for something to do.
@@ -511,12 +559,13 @@ impl State {
         }
     }
 
-    fn finish(&mut self, id: LaneId) {
-        if let Some(lane) = self.lane(id) {
+    fn finish(&mut self, Finished { binding, was_short }: &Finished) {
+        if let Some(lane) = self.lane(binding.lane) {
             lane.running = lane.running.saturating_sub(1);
+            lane.run = if *was_short { (2 * lane.run).min(RUN) } else { 1 };
         }
         self.running = self.running.saturating_sub(1);
-        self.take_turn(id);
+        self.take_turn(binding.lane);
     }
 
     /// The next job in turn, and whether its lane would like another claim.
@@ -527,15 +576,16 @@ impl State {
             if !lane.is_runnable() {
                 continue;
             }
-            let (began, mut leases) = (Instant::now(), SmallVec::new());
-            let most = lane.binding.handler.max_batch().max(1);
+            let (now, mut leases) = (Instant::now(), VecDeque::new());
+            let batch = lane.binding.handler.max_batch();
+            let most = if batch > 1 { batch } else { lane.run };
             while leases.len() < most
                 && let Some(Queued { lease, since }) = lane.queue.pop_front()
             {
-                let wait = began.saturating_duration_since(since);
+                let wait = now.saturating_duration_since(since);
                 lane.window.waited(wait);
                 lane.binding.metrics.queue_wait.observe(wait.as_secs_f64());
-                leases.push(lease);
+                leases.push_back(lease);
             }
             lane.running += 1;
             let hungry = lane.hinted && lane.queue.len() <= lane.window.ahead / 2;
@@ -543,7 +593,7 @@ impl State {
             self.queued -= leases.len();
             self.running += 1;
             self.take_turn(id);
-            return Some((Job { binding, leases, began }, hungry));
+            return Some((Job { binding, is_batch: batch > 1 && leases.len() > 1, leases }, hungry));
         }
         None
     }

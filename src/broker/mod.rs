@@ -280,6 +280,14 @@ impl Operations {
     }
 }
 
+impl Shared {
+    /// When an operation of the store begins, to be measured; `None` for a store to which reading the clock would be a
+    /// good part of its work.
+    fn timing(&self) -> Option<Instant> {
+        (!self.capabilities.ends_with_process()).then(Instant::now)
+    }
+}
+
 impl Broker {
     /// Opens a broker over `provider`: loads the subscriptions it keeps. Events are taken in from now on, and handled
     /// once [`Service::run`] is polled.
@@ -326,10 +334,11 @@ impl Broker {
     /// # Errors
     /// As [`publish_async`](Self::publish_async).
     pub async fn publish(&self, event: Event) -> Result<Published> {
+        let event = Arc::new(event);
         match self.shared.options.mode {
-            Mode::Async => self.publish_async(event).await,
+            Mode::Async => self.shared.publish_one(event).await,
             Mode::Sync => {
-                let answer = self.publish_sync(event, self.shared.options.sync_deadline).await?;
+                let answer = self.answered(event, self.shared.options.sync_deadline).await?;
                 let event = &answer.detail.record.event;
                 let (id, seq) = (event.id.clone(), event.seq.unwrap_or_default());
                 Ok(Published { id, seq, status: answer.detail.record.status, duplicate: answer.duplicate })
@@ -344,7 +353,7 @@ impl Broker {
     /// store answers. After an error nothing is stored that would ever run, except that a [`Error::Store`] leaves open
     /// whether the store wrote it: publishing the same id again is safe.
     pub async fn publish_async(&self, event: Event) -> Result<Published> {
-        self.shared.publish_one(event, Instant::now()).await
+        self.shared.publish_one(Arc::new(event)).await
     }
 
     /// Stores the events, all or none, in this order.
@@ -352,7 +361,7 @@ impl Broker {
     /// # Errors
     /// As [`publish_async`](Self::publish_async); the field of a bad event is named as `[index].field`.
     pub async fn publish_batch(&self, events: Vec<Event>) -> Result<Vec<Published>> {
-        self.shared.publish_all(events).await
+        self.shared.publish_all(events.into_iter().map(Arc::new).collect()).await
     }
 
     /// Stores the event and waits until all its deliveries are completed or failed, or `deadline` has passed.
@@ -362,10 +371,14 @@ impl Broker {
     /// # Errors
     /// As [`publish_async`](Self::publish_async).
     pub async fn publish_sync(&self, event: Event, deadline: Duration) -> Result<Answer> {
+        self.answered(Arc::new(event), deadline).await
+    }
+
+    async fn answered(&self, event: Arc<Event>, deadline: Duration) -> Result<Answer> {
         let began = Instant::now();
         let id = event.id.clone();
         let waiting = self.shared.waiters.register(&id);
-        let published = self.shared.publish_one(event, began).await?;
+        let published = self.shared.publish_one(event).await?;
         let mut finished = published.status.is_terminal() || waiting.briefly().await;
         loop {
             let left = deadline.saturating_sub(began.elapsed());

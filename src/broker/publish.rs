@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::Instant;
 
 use super::service::raised;
 use super::{Published, Shared};
@@ -38,18 +37,18 @@ struct Told {
 }
 
 impl Shared {
-    pub(super) async fn publish_one(&self, mut event: Event, began: Instant) -> Result<Published> {
+    pub(super) async fn publish_one(&self, mut event: Arc<Event>) -> Result<Published> {
         self.check(&mut event)?;
         let (told, appended) = {
             let _gate = self.router.hold().await;
             let (told, append) = self.routed(event)?;
-            (told, self.append(vec![append], began).await?)
+            (told, self.append(vec![append]).await?)
         };
         let appended = appended.first().ok_or(Error::Stopped("store"))?;
         Ok(self.acknowledged(told, appended))
     }
 
-    pub(super) async fn publish_all(&self, mut events: Vec<Event>) -> Result<Vec<Published>> {
+    pub(super) async fn publish_all(&self, mut events: Vec<Arc<Event>>) -> Result<Vec<Published>> {
         if events.is_empty() {
             return Ok(Vec::new());
         }
@@ -60,13 +59,13 @@ impl Shared {
             let _gate = self.router.hold().await;
             let routed = events.into_iter().map(|event| self.routed(event)).collect::<Result<Vec<_>>>()?;
             let (told, batch): (Vec<Told>, Vec<Append>) = routed.into_iter().unzip();
-            (told, self.append(batch, Instant::now()).await?)
+            (told, self.append(batch).await?)
         };
         Ok(told.into_iter().zip(&appended).map(|(told, appended)| self.acknowledged(told, appended)).collect())
     }
 
     /// Matches an event. The caller holds the router until it is appended.
-    fn routed(&self, event: Event) -> Result<(Told, Append)> {
+    fn routed(&self, event: Arc<Event>) -> Result<(Told, Append)> {
         let subscriptions = self.router.matching(&event.event_type)?;
         let (id, source, event_type) = (event.id.clone(), event.source, event.event_type.clone());
         let told = Told { id, source, event_type, subscriptions: Arc::clone(&subscriptions) };
@@ -88,12 +87,12 @@ impl Shared {
         Published { id: told.id, seq, status, duplicate }
     }
 
-    fn check(&self, event: &mut Event) -> Result<()> {
+    fn check(&self, event: &mut Arc<Event>) -> Result<()> {
         if !self.accepting.load(Ordering::SeqCst) {
             return Err(Error::Stopped("broker"));
         }
         if event.instance_id.is_empty() {
-            event.instance_id = Arc::clone(&self.instance_id);
+            Arc::make_mut(event).instance_id = Arc::clone(&self.instance_id);
         }
         event.validate(self.options.max_payload)
     }
@@ -104,10 +103,9 @@ impl Shared {
         self.metrics.of_type(source, event_type).published.inc();
     }
 
-    /// Appends what was begun at `began`.
-    async fn append(&self, batch: Vec<Append>, began: Instant) -> Result<Vec<Appended>> {
+    async fn append(&self, batch: Vec<Append>) -> Result<Vec<Appended>> {
         if !self.capabilities.grouping {
-            return self.append_now(batch, began).await.inspect_err(|error| self.count_refusal(error));
+            return self.append_now(batch).await.inspect_err(|error| self.count_refusal(error));
         }
         let (answer, answered) = oneshot::channel();
         self.totals.waiting_publishes.fetch_add(1, Ordering::Relaxed);
@@ -120,10 +118,10 @@ impl Shared {
         result.inspect_err(|error| self.count_refusal(error))
     }
 
-    async fn append_now(&self, batch: Vec<Append>, began: Instant) -> Result<Vec<Appended>> {
-        let count = batch.len();
+    async fn append_now(&self, batch: Vec<Append>) -> Result<Vec<Appended>> {
+        let (count, began) = (batch.len(), self.timing());
         let appended = self.provider.append(batch).await?;
-        self.operations.append.observe(began.elapsed(), count);
+        self.operations.append.observe(began.map(|began| began.elapsed()), count);
         Ok(appended)
     }
 
@@ -192,11 +190,11 @@ async fn append_group(shared: &Shared, group: impl Iterator<Item = Job>) {
         together.extend(batch);
     }
     if callers.len() == 1 {
-        let appended = shared.append_now(together, Instant::now()).await;
+        let appended = shared.append_now(together).await;
         callers.pop().map(|(_, answer)| answer.send(appended));
         return;
     }
-    match shared.append_now(together.clone(), Instant::now()).await {
+    match shared.append_now(together.clone()).await {
         Ok(appended) => {
             let mut appended = appended.into_iter();
             for (count, answer) in callers {
@@ -209,7 +207,7 @@ async fn append_group(shared: &Shared, group: impl Iterator<Item = Job>) {
             let mut together = together.into_iter();
             for (count, answer) in callers {
                 let batch = together.by_ref().take(count).collect();
-                drop(answer.send(shared.append_now(batch, Instant::now()).await));
+                drop(answer.send(shared.append_now(batch).await));
             }
         }
     }

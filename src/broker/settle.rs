@@ -143,10 +143,10 @@ impl Shared {
             let Some(results) = self.write(&fates, settlements).await else { return };
             (fates, results)
         };
-        let mut refused = Vec::new();
+        let (mut refused, mut kind) = (Vec::new(), None);
         for (mut fate, result) in fates.into_iter().zip(results) {
             match result {
-                Settled::Done { event_open } => self.done(&fate, event_open).await,
+                Settled::Done { event_open } => self.done(&fate, event_open, self.kind(&mut kind, &fate)).await,
                 Settled::Stale => self.stale(&fate),
                 Settled::Conflict { reason } => {
                     if let Some(settlement) = fate.spare.take() {
@@ -166,9 +166,10 @@ impl Shared {
         }
         let (fates, settlements): (Vec<Fate>, Vec<Settlement>) = refused.into_iter().unzip();
         let Some(results) = self.write(&fates, settlements).await else { return };
+        let mut kind = None;
         for (fate, result) in fates.iter().zip(results) {
             match result {
-                Settled::Done { event_open } => self.done(fate, event_open).await,
+                Settled::Done { event_open } => self.done(fate, event_open, self.kind(&mut kind, fate)).await,
                 Settled::Stale | Settled::Conflict { .. } => self.stale(fate),
             }
         }
@@ -221,7 +222,7 @@ impl Shared {
             infra_faults: lease.infra_faults + u32::from(verdict.is_infra()),
             age: lease.age,
             after,
-            roll: self.jitter.roll(),
+            roll: if verdict == Verdict::Ok { 0.0 } else { self.jitter.roll() },
         })
     }
 
@@ -248,7 +249,7 @@ impl Shared {
             let event = publish.into_event(cause, &fate.binding.name, index, &self.instance_id);
             event.validate(self.options.max_payload)?;
             let subscriptions = self.router.matching(&event.event_type)?;
-            Ok(Append { event, subscriptions })
+            Ok(Append { event: Arc::new(event), subscriptions })
         };
         published.into_iter().enumerate().map(convert).collect()
     }
@@ -262,7 +263,7 @@ impl Shared {
         settlement.published.clear();
         settlement.writes.clear();
         if let Some(attempt) = &mut settlement.attempt {
-            attempt.error = Some(Fault::new("effects-refused", message));
+            attempt.error = Some(Box::new(Fault::new("effects-refused", message)));
             (attempt.verdict, attempt.reply) = (Verdict::HostFault, None);
         }
         fate.death = death(&settlement);
@@ -276,10 +277,10 @@ impl Shared {
         let (mut batch, mut pause) = (settlements, FIRST_PAUSE);
         for left in (0..tries).rev() {
             let this = if left == 0 { std::mem::take(&mut batch) } else { batch.clone() };
-            let started = Instant::now();
+            let began = self.timing();
             match self.provider.settle(this).await {
                 Ok(results) => {
-                    self.operations.settle.observe(started.elapsed(), fates.len());
+                    self.operations.settle.observe(began.map(|began| began.elapsed()), fates.len());
                     self.leases.forget(fates.iter().map(|fate| fate.lease.key.token));
                     return Some(results);
                 }
@@ -295,9 +296,20 @@ impl Shared {
         None
     }
 
-    async fn done(&self, fate: &Fate, event_open: bool) {
-        let of_type = self.metrics.of_type(fate.lease.event.source, &fate.lease.event.event_type);
-        self.count(fate, &of_type);
+    /// What is known of the event's kind: that of the one before, mostly.
+    fn kind<'a>(&self, last: &'a mut Option<Kind>, fate: &Fate) -> &'a Kind {
+        let event = &fate.lease.event;
+        let same = last.take().filter(|last| last.source == event.source && last.event_type == event.event_type);
+        last.insert(same.unwrap_or_else(|| Kind {
+            source: event.source,
+            event_type: event.event_type.clone(),
+            metrics: self.metrics.of_type(event.source, &event.event_type),
+            is_for_one: self.router.matching(&event.event_type).is_ok_and(|names| names.len() <= 1),
+        }))
+    }
+
+    async fn done(&self, fate: &Fate, event_open: bool, kind: &Kind) {
+        self.count(fate, &kind.metrics);
         match fate.next {
             Next::Retry { after } => self.hints.due(after),
             _ if fate.binding.ordering == subscription::Ordering::Key => {
@@ -310,7 +322,7 @@ impl Shared {
             self.offer(subscriptions.iter());
         }
         if !event_open {
-            self.finished(fate, &of_type).await;
+            self.finished(fate, kind).await;
         }
     }
 
@@ -334,15 +346,15 @@ impl Shared {
     }
 
     /// The event has no open delivery any more.
-    async fn finished(&self, fate: &Fate, metrics: &TypeMetrics) {
+    async fn finished(&self, fate: &Fate, kind: &Kind) {
         let event = &fate.lease.event;
         // Only the store knows whether another delivery of the event failed; ask only where there can be another.
         let status = match fate.next {
             Next::Fail => Status::Failed,
-            _ if self.router.matching(&event.event_type).is_ok_and(|names| names.len() <= 1) => Status::Completed,
+            _ if kind.is_for_one => Status::Completed,
             _ => self.status_of(event.id.as_str()).await.unwrap_or(Status::Completed),
         };
-        metrics.processed(status);
+        kind.metrics.processed(status);
         self.waiters.tell(&event.id);
     }
 
@@ -356,6 +368,15 @@ impl Shared {
 
 /// Source, type and subscriptions of an event that a handler publishes.
 type Told = (Source, EventType, Arc<[Arc<str>]>);
+
+/// What is the same for all events of one source and type.
+struct Kind {
+    source: Source,
+    event_type: EventType,
+    metrics: Arc<TypeMetrics>,
+    /// Whether no more than one subscription gets them.
+    is_for_one: bool,
+}
 
 /// What is decided about an attempt, and known of it while the store applies that.
 struct Fate {

@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use super::bindings::tidegate::plugin::types;
 use super::log::cut;
 use crate::delivery::{Fault, Reply};
@@ -39,8 +41,11 @@ pub(super) fn spelled_out(event: &Event) -> Vec<(String, String)> {
     user.chain(metadata).collect()
 }
 
+/// The attributes of one event: few have more than these.
+type Attributes<'a> = SmallVec<[(&'a str, &'a str); 6]>;
+
 /// All attributes, the [spelled out](spelled_out) last.
-pub(super) fn attributes<'a>(event: &'a Event, spelled_out: &'a [(String, String)]) -> Vec<(&'a str, &'a str)> {
+pub(super) fn attributes<'a>(event: &'a Event, spelled_out: &'a [(String, String)]) -> Attributes<'a> {
     let known = [
         ("schema", event.schema.as_deref()),
         ("entity", event.entity.as_deref()),

@@ -1,9 +1,10 @@
 //! What the host calls of a component: the handler, and the exports that a component may have besides.
 //!
-//! They are looked for once, when a component is linked, and bound in each instance.
+//! They are looked for once, when a component is linked, and bound in an instance when they are called.
 
 use std::sync::Arc;
 
+use smallvec::SmallVec;
 use wasmtime::Store;
 use wasmtime::component::{Instance, InstancePre};
 use wasmtime::error::Context as _;
@@ -19,6 +20,9 @@ use crate::event::Event;
 
 /// What a guest decides about one event.
 pub(super) type Answer = Result<Option<Reply>, Failure>;
+
+/// What it decides about the events of a call; most calls have one.
+pub(super) type Answers = SmallVec<[Answer; 1]>;
 
 /// Which export is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,9 +43,10 @@ pub(super) struct Exports {
     lifecycle: Option<lifecycle::GuestIndices>,
 }
 
-/// The exports of an instance.
+/// An instance, and those of its exports that were called.
 pub(super) struct Bound {
-    handler: handler::Guest,
+    instance: Instance,
+    handler: Option<handler::Guest>,
     batch: Option<batch_handler::Guest>,
     lifecycle: Option<lifecycle::Guest>,
 }
@@ -72,31 +77,39 @@ impl Exports {
         })
     }
 
-    /// Binds them in an instance.
+    /// Binds what this call needs and was not bound before; a self-check finds out whether all can be.
     ///
     /// # Errors
     /// The engine's, where a function is of another type.
-    pub(super) fn bind(&self, store: &mut Store<State>, instance: &Instance) -> wasmtime::Result<Bound> {
-        Ok(Bound {
-            handler: self.handler.load(&mut *store, instance)?,
-            batch: self
-                .batch
-                .as_ref()
-                .map(|batch| batch.load(&mut *store, instance))
-                .transpose()
-                .context(BATCH_HANDLER)?,
-            lifecycle: self
-                .lifecycle
-                .as_ref()
-                .map(|lifecycle| lifecycle.load(&mut *store, instance))
-                .transpose()
-                .context(LIFECYCLE)?,
-        })
+    pub(super) fn bind(&self, bound: &mut Bound, store: &mut Store<State>, export: Export) -> wasmtime::Result<()> {
+        let Bound { instance, handler, batch, lifecycle } = bound;
+        let needs = |one| export == one || export == Export::SelfCheck;
+        if handler.is_none() && needs(Export::Handle) {
+            *handler = Some(self.handler.load(&mut *store, instance)?);
+        }
+        if let Some(indices) = &self.batch
+            && batch.is_none()
+            && needs(Export::HandleBatch)
+        {
+            *batch = Some(indices.load(&mut *store, instance).context(BATCH_HANDLER)?);
+        }
+        if let Some(indices) = &self.lifecycle
+            && lifecycle.is_none()
+            && needs(Export::SelfCheck)
+        {
+            *lifecycle = Some(indices.load(&mut *store, instance).context(LIFECYCLE)?);
+        }
+        Ok(())
     }
 }
 
 impl Bound {
-    /// Calls an export with these events. The answers are as many as the guest gives.
+    /// An instance of which nothing was called yet.
+    pub(super) fn new(instance: Instance) -> Self {
+        Self { instance, handler: None, batch: None, lifecycle: None }
+    }
+
+    /// Calls a bound export with these events. The answers are as many as the guest gives.
     ///
     /// # Errors
     /// Whatever ended the call before its answers.
@@ -105,19 +118,15 @@ impl Bound {
         export: Export,
         store: &mut Store<State>,
         events: &[Arc<Event>],
-    ) -> wasmtime::Result<Vec<Answer>> {
-        match (export, events, &self.batch) {
-            (Export::Handle, [event], _) => Ok(vec![self.handle(store, event).await?]),
-            (Export::HandleBatch, _, Some(batch)) => handle_batch(batch, store, events).await,
-            (Export::SelfCheck, ..) => Ok(vec![self.self_check(store).await?]),
+    ) -> wasmtime::Result<Answers> {
+        match (export, events, &self.handler, &self.batch) {
+            (Export::Handle, [event], Some(handler), _) => {
+                Ok(Answers::from_buf([handle(handler, store, event).await?]))
+            }
+            (Export::HandleBatch, .., Some(batch)) => Ok(handle_batch(batch, store, events).await?.into()),
+            (Export::SelfCheck, ..) => Ok(Answers::from_buf([self.self_check(store).await?])),
             _ => Err(wasmtime::Error::msg("the component has no export for this call")),
         }
-    }
-
-    async fn handle(&self, store: &mut Store<State>, event: &Event) -> wasmtime::Result<Answer> {
-        let spelled_out = convert::spelled_out(event);
-        let attributes = convert::attributes(event, &spelled_out);
-        self.handler.call_handle(store, convert::guest_event(event, &attributes)).await
     }
 
     async fn self_check(&self, store: &mut Store<State>) -> wasmtime::Result<Answer> {
@@ -125,6 +134,12 @@ impl Bound {
         let failed = |message| Failure::Reject(Fault { code: String::new(), message, details: Vec::new() });
         Ok(lifecycle.call_self_check(store).await?.map(|()| None).map_err(failed))
     }
+}
+
+async fn handle(handler: &handler::Guest, store: &mut Store<State>, event: &Event) -> wasmtime::Result<Answer> {
+    let spelled_out = convert::spelled_out(event);
+    let attributes = convert::attributes(event, &spelled_out);
+    handler.call_handle(store, convert::guest_event(event, &attributes)).await
 }
 
 async fn handle_batch(

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use bytesize::ByteSize;
+use smallvec::SmallVec;
 use wasmtime::component::{Component, HasSelf, InstancePre, Linker};
 use wasmtime_wasi::{WasiCtxView, WasiView};
 
@@ -69,7 +70,7 @@ pub(super) struct State {
     log: Log,
     deadline: Option<Instant>,
     /// One per event of the call.
-    turns: Vec<Turn>,
+    turns: SmallVec<[Turn; 1]>,
     /// Whose turn it is. The log of that event is in `log`.
     turn: usize,
     /// Whether the guest has said so, or there is only one.
@@ -89,13 +90,19 @@ pub(super) struct Turn {
     /// This attempt's own writes: a value, or `None` for deleted.
     written: HashMap<(String, String), Option<Bytes>>,
     used: Used,
-    log: Option<Tail>,
+    /// `None` before it has a turn, and while it has.
+    log: Option<Box<Tail>>,
 }
 
 impl Turn {
-    fn new(terms: &Terms, call: Call) -> Self {
-        let log = Some(Tail::new(&terms.name, &call, bytes(terms.limits.log)));
-        Self { call, effects: Effects::default(), written: HashMap::new(), used: Used::default(), log }
+    fn new(call: Call) -> Self {
+        Self { call, effects: Effects::default(), written: HashMap::new(), used: Used::default(), log: None }
+    }
+
+    /// Where its lines go from here on.
+    fn open_log(&mut self, terms: &Terms) -> Box<Tail> {
+        let fresh = || Box::new(Tail::new(&terms.name, &self.call, bytes(terms.limits.log)));
+        self.log.take().unwrap_or_else(fresh)
     }
 
     fn move_kv(&mut self, more: usize, limit: ByteSize) -> Result<(), Fault> {
@@ -120,7 +127,7 @@ impl State {
             terms: Arc::clone(terms),
             log: Log::default(),
             deadline: None,
-            turns: Vec::new(),
+            turns: SmallVec::new(),
             turn: 0,
             is_said: false,
             host_calls: 0,
@@ -134,16 +141,15 @@ impl State {
     pub(super) fn begin(&mut self, calls: impl IntoIterator<Item = Call>, deadline: Option<Instant>) {
         self.meter.restart();
         (self.deadline, self.host_calls, self.held, self.is_crowded) = (deadline, 0, 0, false);
-        let terms = &*self.terms;
         self.turns.clear();
-        self.turns.extend(calls.into_iter().map(|call| Turn::new(terms, call)));
+        self.turns.extend(calls.into_iter().map(Turn::new));
         (self.turn, self.is_said) = (0, self.turns.len() == 1);
-        let first = self.turns.first_mut().and_then(|turn| turn.log.take());
+        let first = self.turns.first_mut().map(|turn| turn.open_log(&self.terms));
         self.log.exchange(first);
     }
 
     /// Ends all attempts; the state is busy with nothing once they have been taken.
-    pub(super) fn end(&mut self) -> std::vec::Drain<'_, Turn> {
+    pub(super) fn end(&mut self) -> smallvec::Drain<'_, [Turn; 1]> {
         let log = self.log.exchange(None);
         if let Some(turn) = self.turns.get_mut(self.turn) {
             turn.log = log;
@@ -206,7 +212,7 @@ impl State {
         if next == self.turn {
             return Ok(());
         }
-        let before = self.log.exchange(turn.log.take());
+        let before = self.log.exchange(Some(turn.open_log(&self.terms)));
         if let Some(turn) = self.turns.get_mut(self.turn) {
             turn.log = before;
         }

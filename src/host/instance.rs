@@ -17,10 +17,10 @@ use wasmtime_wasi::I32Exit;
 use super::bindings::tidegate::plugin::types;
 use super::convert;
 use super::engine::Engine;
-use super::exports::{Answer, Bound, Export, Exports};
+use super::exports::{Answers, Bound, Export, Exports};
 use super::imports::{State, Stop, Terms, link};
 use super::limits::{Limits, bytes};
-use super::slots::Idle;
+use super::slots::{Idle, Slots};
 use crate::delivery::{Fault, Trace, Verdict};
 use crate::error::Result;
 use crate::event::{Event, EventType, Payload, Source};
@@ -73,7 +73,7 @@ struct Instance {
 /// How a call ended, before anybody judged it.
 enum End {
     /// The guest returned.
-    Returned(Vec<Answer>),
+    Returned(Answers),
     /// It could not begin.
     NotBegun(wasmtime::Error),
     /// It was ended while it ran.
@@ -178,9 +178,9 @@ impl Prepared {
         let deadline = Instant::now().checked_add(allowed);
         let mut instance = match self.idle.as_ref().and_then(|idle| idle.take()) {
             Some(instance) => instance,
-            None => match tokio::time::timeout(allowed, engine.slots().acquire()).await {
-                Ok(Ok(slot)) => Instance::new(&self.linked, &self.terms, slot),
-                _ => return Err(Box::new(self.busy(allowed))),
+            None => match slot(engine.slots(), allowed).await {
+                Some(slot) => Instance::new(&self.linked, &self.terms, slot),
+                None => return Err(Box::new(self.busy(allowed))),
             },
         };
         instance.begin(calls, deadline, self.fuel(events.len()));
@@ -298,7 +298,7 @@ impl Prepared {
                     let words = format!("reply has {size} bytes, more than the limit of {}", limit.as_u64());
                     return Outcome::failed(Verdict::Reject, Fault::new("reply-too-large", words));
                 }
-                Outcome { reply, effects, ..Outcome::ok() }
+                Outcome { reply: reply.map(Box::new), effects, ..Outcome::ok() }
             }
             Err(types::Failure::Retry(retry)) => {
                 let (fault, retry_after) = convert::retry(retry);
@@ -363,6 +363,14 @@ impl Instance {
     }
 }
 
+/// A slot within the time allowed; there is hardly ever one to wait for, and then no timer to arm.
+async fn slot(slots: &Slots, allowed: Duration) -> Option<OwnedSemaphorePermit> {
+    match slots.try_acquire() {
+        Some(slot) => Some(slot),
+        None => tokio::time::timeout(allowed, slots.acquire()).await.ok()?.ok(),
+    }
+}
+
 fn store(linked: &Linked, state: State) -> Store<State> {
     let mut store = Store::new(linked.pre.engine(), state);
     store.limiter(|state| &mut state.meter);
@@ -380,20 +388,18 @@ async fn call_in(linked: &Linked, instance: &mut Instance, export: Export, event
     let Instance { store, bound, .. } = instance;
     let bound = match bound {
         Some(bound) => bound,
-        None => match instantiate(linked, store).await {
-            Ok(fresh) => bound.insert(fresh),
+        None => match linked.pre.instantiate_async(&mut *store).await {
+            Ok(fresh) => bound.insert(Bound::new(fresh)),
             Err(error) => return End::NotBegun(error),
         },
     };
+    if let Err(error) = linked.exports.bind(bound, store, export) {
+        return End::NotBegun(error);
+    }
     match bound.call(export, store, events).await {
         Ok(answers) => End::Returned(answers),
         Err(error) => End::Stopped(error),
     }
-}
-
-async fn instantiate(linked: &Linked, store: &mut Store<State>) -> wasmtime::Result<Bound> {
-    let instance = linked.pre.instantiate_async(&mut *store).await?;
-    linked.exports.bind(store, &instance)
 }
 
 /// Waits for the call, and a little longer than until `deadline`.

@@ -25,7 +25,7 @@ const MAX_LINE: usize = 8 << 10;
 /// Where an instance logs to: the tail of the event that it is busy with, if any. A clone shares it.
 #[derive(Clone, Default)]
 pub(super) struct Log {
-    tail: Arc<Mutex<Option<Tail>>>,
+    tail: Arc<Mutex<Option<Box<Tail>>>>,
 }
 
 /// Whose log it is, for the host's own.
@@ -50,7 +50,7 @@ pub(super) struct Tail {
 
 impl Log {
     /// From here on lines go to `tail`; gives back where they went before.
-    pub(super) fn exchange(&self, tail: Option<Tail>) -> Option<Tail> {
+    pub(super) fn exchange(&self, tail: Option<Box<Tail>>) -> Option<Box<Tail>> {
         mem::replace(&mut *self.lock(), tail)
     }
 
@@ -68,7 +68,7 @@ impl Log {
         }
     }
 
-    fn lock(&self) -> parking_lot::MutexGuard<'_, Option<Tail>> {
+    fn lock(&self) -> parking_lot::MutexGuard<'_, Option<Box<Tail>>> {
         self.tail.lock()
     }
 }
@@ -205,7 +205,7 @@ mod tests {
 
     fn log(limit: usize) -> Log {
         let log = Log::default();
-        assert!(log.exchange(Some(Tail::new(&"faults".into(), &call("null"), limit))).is_none());
+        assert!(log.exchange(Some(Box::new(Tail::new(&"faults".into(), &call("null"), limit)))).is_none());
         log
     }
 

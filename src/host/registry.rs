@@ -377,7 +377,7 @@ impl Plugin {
     async fn attempt(&self, call: Call) -> Outcome {
         let began = Instant::now();
         let outcome = self.prepared.attempt(&self.engine, call).await;
-        self.count(&outcome, began.elapsed());
+        self.count(std::slice::from_ref(&outcome), began.elapsed());
         outcome
     }
 
@@ -388,8 +388,7 @@ impl Plugin {
         let (events, began) = (calls.len(), Instant::now());
         match self.prepared.batch(&self.engine, calls).await {
             Ok(outcomes) => {
-                let share = began.elapsed().checked_div(u32::try_from(events).unwrap_or(u32::MAX)).unwrap_or_default();
-                outcomes.iter().for_each(|outcome| self.count(outcome, share));
+                self.count(&outcomes, began.elapsed());
                 Some(outcomes)
             }
             Err(ended) => {
@@ -401,10 +400,12 @@ impl Plugin {
         }
     }
 
-    fn count(&self, outcome: &Outcome, took: Duration) {
-        if let Some(metrics) = &self.metrics {
-            metrics.attempt(outcome.verdict, took.as_secs_f64(), outcome.trace.fuel);
-        }
+    /// Counts one call of the guest and the attempts that it was.
+    fn count(&self, outcomes: &[Outcome], took: Duration) {
+        let Some(metrics) = &self.metrics else { return };
+        outcomes.iter().for_each(|outcome| metrics.attempt(outcome.verdict));
+        let fuel = outcomes.iter().filter_map(|outcome| outcome.trace.fuel).reduce(u64::saturating_add);
+        metrics.call(took.as_secs_f64(), fuel);
     }
 
     fn status(&self) -> PluginStatus {

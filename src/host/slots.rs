@@ -48,12 +48,17 @@ impl Slots {
         self.free.available_permits() < self.count
     }
 
+    /// A slot that nobody has.
+    pub(super) fn try_acquire(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.free).try_acquire_owned().ok()
+    }
+
     /// A slot: at once where one is free or an instance is idle, and otherwise in turn.
     ///
     /// # Errors
     /// None in practice: slots are never closed.
     pub(super) async fn acquire(&self) -> Result<OwnedSemaphorePermit, AcquireError> {
-        if let Ok(slot) = Arc::clone(&self.free).try_acquire_owned() {
+        if let Some(slot) = self.try_acquire() {
             return Ok(slot);
         }
         // Said before looking: an instance that becomes idle after the look sees that somebody waits.

@@ -209,7 +209,7 @@ mod tests {
 
     async fn append(provider: &dyn Provider, event_type: &str) {
         let event = Event::new(Source::System, event_type.parse().unwrap(), Payload::default());
-        provider.append(vec![Append { event, subscriptions: Arc::default() }]).await.unwrap();
+        provider.append(vec![Append { event: Arc::new(event), subscriptions: Arc::default() }]).await.unwrap();
     }
 
     async fn next(outgoing: Outgoing) -> (String, Outgoing) {

@@ -84,7 +84,7 @@ impl InboxRow {
             }
         };
         let subscriptions = (request.matcher)(&event.event_type);
-        Ok(Append { event, subscriptions })
+        Ok(Append { event: Arc::new(event), subscriptions })
     }
 
     fn into_event(self, request: &RouteRequest<'_>) -> Result<Event> {
@@ -233,9 +233,9 @@ mod tests {
         };
         let event = appended(said).event;
         assert_eq!((event.id.as_str(), event.source, event.created_at.as_microsecond()), ("o-1", Source::Internal, 1));
-        assert_eq!((event.key.as_deref(), event.user_id), (Some("k"), Some(UserId::Text("u".into()))));
+        assert_eq!((event.key.as_deref(), event.user_id.clone()), (Some("k"), Some(UserId::Text("u".into()))));
         assert_eq!((&*event.instance_id, event.schema.as_deref()), ("there", Some("Odd Schema")));
-        assert_eq!((event.entity.as_deref(), event.caused_by.unwrap().as_str()), (Some("users"), "c"));
+        assert_eq!((event.entity.as_deref(), event.caused_by.as_ref().unwrap().as_str()), (Some("users"), "c"));
         assert_eq!(event.metadata["a"], json!([1]));
         assert_eq!((event.payload.content_type(), &event.payload.bytes()[..]), ("application/x-b", &[0, 255][..]));
     }
@@ -243,7 +243,7 @@ mod tests {
     /// A key only tells events of one thing from those of another, so a hash of it does as well.
     #[test]
     fn an_illegal_key_is_hashed() {
-        let key = |text: &str| appended(InboxRow { key: Some(text.into()), ..row() }).event.key.unwrap();
+        let key = |text: &str| appended(InboxRow { key: Some(text.into()), ..row() }).event.key.clone().unwrap();
         assert_eq!(&*key("a"), "a");
         assert!(key("a\nb").starts_with("sha256:"));
         assert_ne!(key(&"x".repeat(300)), key(&"x".repeat(301)));

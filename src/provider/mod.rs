@@ -247,7 +247,7 @@ pub enum Durability {
 #[derive(Debug, Clone)]
 pub struct Append {
     /// The event; its `seq` is not looked at.
-    pub event: Event,
+    pub event: Arc<Event>,
     /// The subscriptions, each once.
     pub subscriptions: Arc<[Arc<str>]>,
 }

@@ -48,7 +48,9 @@ impl Recent {
             return;
         }
         let created_at = micros(append.event.created_at.as_microsecond());
-        let event = Arc::new(Event { seq: Some(seq), created_at, ..append.event.clone() });
+        let mut event = Arc::clone(&append.event);
+        let kept = Arc::make_mut(&mut event);
+        (kept.seq, kept.created_at) = (Some(seq), created_at);
         self.size += size(&event);
         self.kept.insert(seq, Kept { event, appended_at: now, unclaimed });
         while self.size > BOUND {
@@ -83,7 +85,7 @@ mod tests {
     fn append(size: usize) -> Append {
         let payload = Payload::json_text(format!("\"{}\"", "x".repeat(size))).unwrap();
         let event = Event::new(Source::System, "a.b".parse().unwrap(), payload);
-        Append { event, subscriptions: [Arc::from("s"), Arc::from("t")].into() }
+        Append { event: Arc::new(event), subscriptions: [Arc::from("s"), Arc::from("t")].into() }
     }
 
     #[test]

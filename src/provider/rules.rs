@@ -80,7 +80,7 @@ pub fn lost_attempt(number: u32, worker: Arc<str>, claimed_at: Timestamp, now: T
         started_at: claimed_at,
         duration_us: u64::try_from(elapsed).unwrap_or(0),
         worker,
-        error: Some(Fault::new("lost", message)),
+        error: Some(Box::new(Fault::new("lost", message))),
         reply: None,
         trace: Trace::default(),
     }

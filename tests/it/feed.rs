@@ -88,7 +88,8 @@ fn event(event_type: &str) -> Event {
 
 async fn append(provider: &dyn Provider, events: Vec<Event>) {
     let nobody: Arc<[Arc<str>]> = Arc::default();
-    let batch = events.into_iter().map(|event| Append { event, subscriptions: Arc::clone(&nobody) }).collect();
+    let batch = events.into_iter();
+    let batch = batch.map(|event| Append { event: Arc::new(event), subscriptions: Arc::clone(&nobody) }).collect();
     provider.append(batch).await.unwrap();
 }
 

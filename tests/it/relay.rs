@@ -75,7 +75,7 @@ async fn try_write(provider: &dyn Provider, count: usize) -> tidegate::Result<()
         instance_id: "here".into(),
         ..Event::new(Source::System, "a.b.c".parse().unwrap(), Payload::default())
     };
-    let batch = (0..count).map(|_| Append { event: event(), subscriptions: Arc::clone(&nobody) }).collect();
+    let batch = (0..count).map(|_| Append { event: Arc::new(event()), subscriptions: Arc::clone(&nobody) }).collect();
     provider.append(batch).await.map(drop)
 }
 

@@ -190,7 +190,8 @@ pub(super) fn names(subscriptions: &[&str]) -> Arc<[Arc<str>]> {
 /// Events for the same subscriptions.
 pub(super) fn appends(events: Vec<Event>, subscriptions: &[&str]) -> Vec<Append> {
     let subscriptions = names(subscriptions);
-    events.into_iter().map(|event| Append { event, subscriptions: Arc::clone(&subscriptions) }).collect()
+    let append = |event| Append { event: Arc::new(event), subscriptions: Arc::clone(&subscriptions) };
+    events.into_iter().map(append).collect()
 }
 
 /// A request for these subscriptions.
@@ -213,7 +214,7 @@ pub(super) fn attempt(lease: &Lease, verdict: Verdict) -> Attempt {
         started_at: crate::event::now(),
         duration_us: 1_234,
         worker: "worker-1".into(),
-        error: refused.then(|| Fault::new("card", format!("declined {}", lease.number))),
+        error: refused.then(|| Box::new(Fault::new("card", format!("declined {}", lease.number)))),
         reply: None,
         trace: Trace { digest: Some("sha256:ab".into()), fuel: Some(5), ..Trace::default() },
     }

@@ -302,8 +302,11 @@ pub async fn an_attempt_comes_back_as_it_was_recorded(scene: Scene) {
             started_at: crate::event::micros(1_700_000_000_000_001),
             duration_us: u64::from(u32::MAX) * 2,
             worker: hostile.as_str().into(),
-            error: Some(Fault { details: vec![(hostile.clone(), "\t".into())], ..Fault::new("code", &*hostile) }),
-            reply: Some(Reply { content_type: "image/png".into(), body: vec![0, 255, 7].into() }),
+            error: Some(Box::new(Fault {
+                details: vec![(hostile.clone(), "\t".into())],
+                ..Fault::new("code", &*hostile)
+            })),
+            reply: Some(Box::new(Reply { content_type: "image/png".into(), body: vec![0, 255, 7].into() })),
             trace: Trace {
                 digest: None,
                 fuel: Some(u64::MAX >> 1),

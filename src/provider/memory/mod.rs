@@ -300,7 +300,7 @@ mod tests {
         let names: Arc<[Arc<str>]> = subscriptions.iter().map(|&name| Arc::from(name)).collect();
         let event_type = EventType::parse("a.b.c").unwrap();
         let event = || Event::new(Source::System, event_type.clone(), Payload::default());
-        (0..count).map(|_| Append { event: event(), subscriptions: Arc::clone(&names) }).collect()
+        (0..count).map(|_| Append { event: Arc::new(event()), subscriptions: Arc::clone(&names) }).collect()
     }
 
     async fn claim(provider: &MemoryProvider, room: usize) -> Vec<Lease> {

@@ -108,7 +108,7 @@ fn appends_to(count: usize, subscriptions: &[&str]) -> Vec<Append> {
         instance_id: "here".into(),
         ..Event::new(Source::System, "a.b.c".parse().unwrap(), Payload::default())
     };
-    (0..count).map(|_| Append { event: event(), subscriptions: Arc::clone(&subscriptions) }).collect()
+    (0..count).map(|_| Append { event: Arc::new(event()), subscriptions: Arc::clone(&subscriptions) }).collect()
 }
 
 fn appends(count: usize) -> Vec<Append> {
@@ -213,7 +213,7 @@ async fn a_long_line_behind_one_key_hides_nobody() {
     let provider = Schema::new().provider().await;
     let mut batch = appends(400);
     for (at, append) in batch.iter_mut().enumerate() {
-        append.event.key = match at {
+        Arc::make_mut(&mut append.event).key = match at {
             0..397 => Some("hot".into()),
             397 => None,
             _ => Some("cold".into()),
@@ -232,7 +232,7 @@ async fn a_pattern_of_many_types_lists_as_one_of_few_does() {
     let provider = Schema::new().provider().await;
     let mut batch = appends(300);
     for (at, append) in batch.iter_mut().enumerate() {
-        append.event.event_type = format!("{}.t{}", ["a", "b"][at % 2], at / 2).parse().unwrap();
+        Arc::make_mut(&mut append.event).event_type = format!("{}.t{}", ["a", "b"][at % 2], at / 2).parse().unwrap();
     }
     provider.append(batch).await.unwrap();
     assert_eq!(claim(&provider, 2).await.len(), 2);

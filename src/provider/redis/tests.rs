@@ -77,7 +77,7 @@ use crate::subscription::Ordering as Turn;
 fn appends(count: usize) -> Vec<Append> {
     let subscriptions: Arc<[Arc<str>]> = [Arc::from("s")].into();
     let event = || Event::new(Source::System, "a.b.c".parse().unwrap(), Payload::default());
-    (0..count).map(|_| Append { event: event(), subscriptions: Arc::clone(&subscriptions) }).collect()
+    (0..count).map(|_| Append { event: Arc::new(event()), subscriptions: Arc::clone(&subscriptions) }).collect()
 }
 
 fn request(subscription: &str, room: usize, ordering: Turn) -> ClaimRequest {
@@ -326,7 +326,7 @@ async fn a_server_without_memory_refuses_events_and_settles_those_it_has() {
     let big = || {
         let mut batch = appends(10);
         for append in &mut batch {
-            append.event.payload = Payload::new("text/plain", vec![b'x'; 100_000]).unwrap();
+            Arc::make_mut(&mut append.event).payload = Payload::new("text/plain", vec![b'x'; 100_000]).unwrap();
         }
         batch
     };
@@ -358,7 +358,7 @@ async fn hostile_names_are_only_names() {
     for name in names.into_iter().chain([long.as_str()]) {
         let mut batch = appends(2);
         for append in &mut batch {
-            append.event.key = Some(name.into());
+            Arc::make_mut(&mut append.event).key = Some(name.into());
             append.subscriptions = [Arc::from(name), Arc::from("other")].into();
         }
         let id = batch[0].event.id.clone();
@@ -380,7 +380,7 @@ async fn hostile_names_are_only_names() {
 async fn a_type_of_two_segments_is_a_type() {
     let provider = Place::new().provider().await;
     let mut batch = appends(1);
-    batch[0].event.event_type = "chat.message".parse().unwrap();
+    Arc::make_mut(&mut batch[0].event).event_type = "chat.message".parse().unwrap();
     provider.append(batch).await.unwrap();
     let filter = EventFilter { pattern: Some("chat.*".parse().unwrap()), ..EventFilter::default() };
     assert_eq!(provider.list(&filter).await.unwrap().records.len(), 1);
@@ -392,7 +392,8 @@ async fn twenty_five_hundred_events_are_listed_and_paged() {
     for at in 0..5 {
         let mut batch = appends(500);
         for (n, append) in batch.iter_mut().enumerate() {
-            append.event.event_type = format!("{}.t{}", ["a", "b"][n % 2], (at * 500 + n) % 100).parse().unwrap();
+            Arc::make_mut(&mut append.event).event_type =
+                format!("{}.t{}", ["a", "b"][n % 2], (at * 500 + n) % 100).parse().unwrap();
         }
         provider.append(batch).await.unwrap();
     }
@@ -431,7 +432,7 @@ async fn a_long_line_behind_one_key_hides_nobody() {
     let provider = Place::new().provider().await;
     let mut batch = appends(400);
     for (at, append) in batch.iter_mut().enumerate() {
-        append.event.key = match at {
+        Arc::make_mut(&mut append.event).key = match at {
             0..397 => Some("hot".into()),
             397 => None,
             _ => Some("cold".into()),
@@ -480,8 +481,8 @@ async fn nothing_is_left_of_what_was_pruned() {
     let place = Place::on(&server);
     let provider = place.provider().await;
     let mut batch = appends(6);
-    batch[0].event.key = Some("k".into());
-    batch[1].event.key = Some("k".into());
+    Arc::make_mut(&mut batch[0].event).key = Some("k".into());
+    Arc::make_mut(&mut batch[1].event).key = Some("k".into());
     let erased = batch[5].event.id.to_string();
     provider.append(batch).await.unwrap();
     provider.amend(Amendment::Erase { id: erased }).await.unwrap();
@@ -519,7 +520,7 @@ async fn the_documented_permissions_are_enough() {
     let mut wake = provider.wake();
     wake.changed().await.unwrap();
     let mut batch = appends(4);
-    batch[3].event.key = Some("k".into());
+    Arc::make_mut(&mut batch[3].event).key = Some("k".into());
     let id = batch[0].event.id.to_string();
     provider.append(batch).await.unwrap();
     let leases = claim(&provider, 9).await;

@@ -73,7 +73,7 @@ use crate::subscription::Ordering as Turn;
 fn appends(count: usize) -> Vec<Append> {
     let subscriptions: Arc<[Arc<str>]> = [Arc::from("s")].into();
     let event = || Event::new(Source::System, "a.b.c".parse().unwrap(), Payload::default());
-    (0..count).map(|_| Append { event: event(), subscriptions: Arc::clone(&subscriptions) }).collect()
+    (0..count).map(|_| Append { event: Arc::new(event()), subscriptions: Arc::clone(&subscriptions) }).collect()
 }
 
 async fn claim(provider: &SqliteProvider, room: usize) -> Vec<Lease> {
@@ -138,7 +138,7 @@ async fn a_request_that_fails_does_not_undo_its_neighbours() {
         tasks.push(tokio::spawn(async move {
             let mut batch = appends(3);
             if at % 5 == 0 {
-                batch[2].event.event_type = "trap".parse().unwrap();
+                Arc::make_mut(&mut batch[2].event).event_type = "trap".parse().unwrap();
             }
             provider.append(batch).await.is_ok()
         }));
@@ -163,8 +163,8 @@ async fn a_lease_says_the_same_from_memory_and_from_the_file() {
     let file = File::new();
     let (here, there) = (file.provider().await, file.provider().await);
     let mut batch = appends(5);
-    batch[1].event.metadata.insert("n".into(), 1.into());
-    batch[2].event.payload = Payload::new("application/x-b", vec![0, 255]).unwrap();
+    Arc::make_mut(&mut batch[1].event).metadata.insert("n".into(), 1.into());
+    Arc::make_mut(&mut batch[2].event).payload = Payload::new("application/x-b", vec![0, 255]).unwrap();
     here.append(batch).await.unwrap();
     file.advance(Duration::from_secs(7)).await;
     let mut seen = Vec::new();
@@ -309,7 +309,7 @@ async fn a_long_line_behind_one_key_hides_nobody() {
     let provider = file.provider().await;
     let mut batch = appends(400);
     for (at, append) in batch.iter_mut().enumerate() {
-        append.event.key = match at {
+        Arc::make_mut(&mut append.event).key = match at {
             0..397 => Some("hot".into()),
             397 => None,
             _ => Some("cold".into()),
@@ -331,7 +331,7 @@ async fn a_pattern_of_many_types_lists_as_one_of_few_does() {
     let provider = file.provider().await;
     let mut batch = appends(300);
     for (at, append) in batch.iter_mut().enumerate() {
-        append.event.event_type = format!("{}.t{}", ["a", "b"][at % 2], at / 2).parse().unwrap();
+        Arc::make_mut(&mut append.event).event_type = format!("{}.t{}", ["a", "b"][at % 2], at / 2).parse().unwrap();
     }
     provider.append(batch).await.unwrap();
     let leases = claim(&provider, 2).await;
@@ -358,7 +358,7 @@ async fn nothing_of_an_erased_event_is_left_in_the_file() {
     let file = File::new();
     let provider = file.provider().await;
     let mut batch = appends(3);
-    batch[1].event.payload = Payload::json_text(format!("\"{}\"", "SECRET".repeat(3_000))).unwrap();
+    Arc::make_mut(&mut batch[1].event).payload = Payload::json_text(format!("\"{}\"", "SECRET".repeat(3_000))).unwrap();
     let id = batch[1].event.id.to_string();
     provider.append(batch).await.unwrap();
     assert_eq!(provider.amend(Amendment::Erase { id }).await.unwrap(), 1);

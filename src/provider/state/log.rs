@@ -143,13 +143,13 @@ impl Log {
     }
 
     /// Adds an event whose id is new; `subscriptions` ascend.
-    pub(in crate::provider) fn push(&mut self, mut event: Event, subscriptions: &[usize], now: i64) -> Status {
+    pub(in crate::provider) fn push(&mut self, mut event: Arc<Event>, subscriptions: &[usize], now: i64) -> Status {
         self.head += 1;
-        event.seq = Some(self.head);
+        Arc::make_mut(&mut event).seq = Some(self.head);
         self.ids.insert(event.id.clone(), self.head);
         let works = subscriptions.iter().map(|&subscription| Work::new(subscription, now));
         let tally = Tally { pending: subscriptions.len() as u64, ..Tally::default() };
-        let slot = Slot { event: Arc::new(event), appended: now, works: works.collect(), tally, started: 0 };
+        let slot = Slot { event, appended: now, works: works.collect(), tally, started: 0 };
         self.deliveries.pending += tally.pending;
         let status = slot.status();
         self.events.add(status);

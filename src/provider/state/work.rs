@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use smallvec::SmallVec;
-
 use crate::delivery::{Attempt, Delivery, Move, Next, Status, Verdict};
 use crate::event::micros;
 
@@ -29,8 +27,7 @@ pub(in crate::provider) struct Work {
     pub(in crate::provider) is_replay: bool,
     pub(in crate::provider) verdict: Option<Verdict>,
     pub(in crate::provider) error: Option<Arc<str>>,
-    /// Most deliveries have one for ever.
-    pub(in crate::provider) attempts: SmallVec<[Attempt; 1]>,
+    pub(in crate::provider) attempts: Vec<Attempt>,
 }
 
 impl Work {
@@ -53,7 +50,7 @@ impl Work {
             is_replay: false,
             verdict: None,
             error: None,
-            attempts: SmallVec::new(),
+            attempts: Vec::new(),
         }
     }
 
@@ -100,6 +97,8 @@ impl Work {
     fn record(&mut self, attempt: Attempt) {
         self.verdict = Some(attempt.verdict);
         self.error = attempt.error.as_ref().map(|fault| fault.to_string().into());
+        // Most deliveries have one for ever.
+        self.attempts.reserve_exact(1);
         self.attempts.push(attempt);
     }
 

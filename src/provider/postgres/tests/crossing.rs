@@ -7,7 +7,8 @@ const ROUNDS: usize = 25;
 
 fn chain(lease: &Lease, n: usize) -> Settlement {
     let mut published = appends_to(1, &["t", "s"]);
-    published[0].event.id = format!("child-{}-{}", lease.key.seq, lease.key.subscription).parse().unwrap();
+    Arc::make_mut(&mut published[0].event).id =
+        format!("child-{}-{}", lease.key.seq, lease.key.subscription).parse().unwrap();
     let keys = ["x", "y", "z"];
     // In another order each time: locks must not depend on it.
     let write = |at: usize| KvWrite {

@@ -96,7 +96,7 @@ async fn what_was_rolled_back_is_never_seen_and_a_known_id_is_taken_once() {
     let schema = Schema::new();
     let provider = schema.provider().await;
     let mut known = appends(1);
-    known[0].event.id = "known".parse().unwrap();
+    Arc::make_mut(&mut known[0].event).id = "known".parse().unwrap();
     provider.append(known).await.unwrap();
     schema.sql("BEGIN; INSERT INTO {s}.inbox (type) VALUES ('never'); ROLLBACK");
     schema.sql("INSERT INTO {s}.inbox (type, id) VALUES ('a', 'known'), ('a', 'new'), ('a', 'new')");
