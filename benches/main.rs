@@ -31,8 +31,9 @@ mod support;
 fn main() {
     // Cargo passes `--bench`; whatever else is given names the groups to run.
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let groups: [(&str, fn()); 9] = [
+    let groups: [(&str, fn()); 10] = [
         ("memory", memory::run),
+        ("memory-matching", memory::matching),
         ("capture", capture::run),
         ("sqlite", sqlite::run),
         ("postgres", postgres::run),
