@@ -140,7 +140,7 @@ pub(super) async fn open_provider(config: &Config, opening: Opening) -> crate::R
         ProviderUrl::Memory => Ok(Arc::new(MemoryProvider::open(config.memory.clone())?)),
         ProviderUrl::Sqlite => Ok(Arc::new(SqliteProvider::open_for(config.sqlite.clone(), opening).await?)),
         ProviderUrl::Postgres => Ok(Arc::new(PostgresProvider::open_for(config.postgres.clone(), opening).await?)),
-        ProviderUrl::Redis => Ok(Arc::new(RedisProvider::open(config.redis.clone()).await?)),
+        ProviderUrl::Redis => Ok(Arc::new(RedisProvider::open_for(config.redis.clone(), opening).await?)),
     }
 }
 
