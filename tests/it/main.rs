@@ -16,6 +16,7 @@ mod commit_order;
 mod confinement;
 mod crash;
 mod edges;
+mod failover;
 mod feed;
 mod host;
 mod hooks;

@@ -108,3 +108,20 @@ async fn a_look_makes_no_schema_and_says_what_is_pending() {
     assert!(text.contains("has version 0, and this binary needs 1"), "{text}");
     assert_eq!(schema.sql("SELECT count(*) FROM {s}.tidegate_versions"), "0");
 }
+
+#[tokio::test]
+async fn a_standby_is_refused_with_what_to_do() {
+    let both = tokio::task::spawn_blocking(|| {
+        let primary = Postgres::start(Fsync::Off);
+        let standby = primary.standby();
+        (primary, standby)
+    });
+    let (_primary, standby) = both.await.unwrap();
+    let options = Options { url: standby.url("postgres"), ..Options::default() };
+    let text = refusal(options.clone()).await;
+    assert!(text.contains("is a standby, which can only be read: name the primary"), "{text}");
+    // Once it is promoted it serves.
+    standby.psql("postgres", "SELECT pg_promote(true, 60)");
+    let provider = PostgresProvider::open(options).await.unwrap();
+    provider.append(appends(1)).await.unwrap();
+}
