@@ -25,6 +25,7 @@ mod instances;
 mod outbox;
 mod postgres;
 mod redis;
+mod redis_server;
 mod relay;
 mod reload;
 mod replicas;
