@@ -1,6 +1,6 @@
 //! Everything that a claim about speed rests on: each row runs ours and a named peer or limit in turn.
 //!
-//! `cargo bench` runs all but the soak; `cargo bench -- memory` what is named. Ratios are medians of pairs taken within one run.
+//! `cargo bench` runs all but the soak and the held transaction; `cargo bench -- memory` what is named. Ratios are medians of pairs taken within one run.
 
 #![expect(
     clippy::unwrap_used,
@@ -12,6 +12,7 @@
 
 mod capture;
 mod delivery;
+mod held;
 mod isolation;
 mod memory;
 mod plugins;
@@ -49,7 +50,10 @@ fn main() {
         }
     }
     // Minutes that nobody asked for are not spent.
-    if wanted.iter().any(|word| word == "soak") {
-        soak::run();
+    let long: [(&str, fn()); 2] = [("soak", soak::run), ("held", held::run)];
+    for (name, run) in long {
+        if wanted.iter().any(|word| word == name) {
+            run();
+        }
     }
 }

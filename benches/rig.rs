@@ -44,13 +44,13 @@ impl Rig {
         Self { broker, metrics, stop: Arc::default(), service: Some(service), folder: None }
     }
 
-    fn run(&mut self) -> tokio::task::JoinHandle<tidegate::Result<()>> {
+    pub(crate) fn run(&mut self) -> tokio::task::JoinHandle<tidegate::Result<()>> {
         let stop = Arc::clone(&self.stop);
         tokio::spawn(self.service.take().unwrap().run(async move { stop.notified().await }))
     }
 
     /// Subscribes a handler; the notification comes after the `all`-th call.
-    async fn subscribe(&self, all: usize, handler: Arc<dyn Handler>) -> Arc<Notify> {
+    pub(crate) async fn subscribe(&self, all: usize, handler: Arc<dyn Handler>) -> Arc<Notify> {
         let (handled, done) = (AtomicUsize::new(0), Arc::new(Notify::new()));
         let notify = Arc::clone(&done);
         let handler = support::watched(handler, move |_| {
@@ -63,7 +63,7 @@ impl Rig {
     }
 
     /// Waits until so many attempts are settled. The metrics tell without asking the store, which is busy.
-    async fn completed(&self, count: usize) {
+    pub(crate) async fn completed(&self, count: usize) {
         let line = format!("tidegate_attempts_total{{subscription=\"all\",verdict=\"ok\"}} {count}");
         while !self.metrics.encode().lines().any(|found| found == line) {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -147,13 +147,13 @@ impl Rig {
         times
     }
 
-    async fn publish(&self, count: usize, batch: usize) {
+    pub(crate) async fn publish(&self, count: usize, batch: usize) {
         for _ in 0..count / batch {
             self.broker.publish_batch((0..batch).map(|_| event()).collect()).await.unwrap();
         }
     }
 
-    async fn end(self, running: JoinHandle<tidegate::Result<()>>) {
+    pub(crate) async fn end(self, running: JoinHandle<tidegate::Result<()>>) {
         self.stop.notify_one();
         running.await.unwrap().unwrap();
         drop(self.folder);

@@ -4,7 +4,7 @@
 set -eu
 
 complete() {
-    command -v redis-server >/dev/null 2>&1 && command -v setpriv >/dev/null 2>&1
+    command -v redis-server >/dev/null 2>&1 && command -v setpriv >/dev/null 2>&1 && command -v openssl >/dev/null 2>&1
 }
 
 if complete; then
@@ -21,10 +21,10 @@ if [ -f /etc/debian_version ] && [ "$(id -u)" -eq 0 ]; then
         chmod +x "$policy"
     fi
     apt-get update -q &&
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends redis-server util-linux &&
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends redis-server util-linux openssl &&
         complete && exit 0
 fi
 cat >&2 <<EOF
-redis: no redis-server is installed. The tests of that store will fail without one (and setpriv of util-linux):
-    apt-get install redis-server util-linux        (Debian, as root)
+redis: no redis-server is installed. The tests of that store will fail without one (and setpriv of util-linux, and openssl):
+    apt-get install redis-server util-linux openssl        (Debian, as root)
 EOF

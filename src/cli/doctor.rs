@@ -1,7 +1,8 @@
 //! `tidegate doctor`: looks at the store, and tells what is not as it should be and what to do.
 //!
 //! Talks to the store and to no server, which may run or not. The looking is the provider's; capture's word on its
-//! triggers is joined here, since neither knows the other. Mends nothing.
+//! triggers is joined here, since neither knows the other. Mends nothing, and makes no schema: one that is missing or
+//! older is a finding.
 
 use std::cmp::Reverse;
 
@@ -15,6 +16,8 @@ use super::table::short;
 use super::{print, print_line};
 use crate::capture::Capture;
 use crate::config::{Config, ProviderUrl};
+use crate::error::Error;
+use crate::provider::finding::{Opening, SCHEMA};
 use crate::provider::{Finding, Severity};
 
 #[derive(Debug, clap::Args)]
@@ -29,16 +32,21 @@ pub(super) struct Args {
 /// Looks, and prints what was found, what matters most first.
 pub(super) async fn run(args: Args) -> Result<Exit> {
     let config = args.flags.load()?;
-    let provider = open_provider(&config).await?;
-    let name = provider.capabilities().provider;
-    let found = provider.examine().await;
-    provider.close().await?;
-    let mut found = found?;
-    // A pooler may serve the store and not capture, which prepares its statements.
-    found.extend(captures(&config).await.unwrap_or_else(|error| {
-        let advice = "Whether captures have drifted is not known: ask `tidegate capture status` with a URL of the server itself.";
-        vec![Finding::warning("not-examined", format!("captures: {error:#}"), advice)]
-    }));
+    let (name, mut found) = match open_provider(&config, Opening::AsItIs).await {
+        Ok(provider) => {
+            let found = provider.examine().await;
+            provider.close().await?;
+            let mut found = found?;
+            // A pooler may serve the store and not capture, which prepares its statements.
+            found.extend(captures(&config).await.unwrap_or_else(|error| {
+                let advice = "Whether captures have drifted is not known: ask `tidegate capture status` with a URL of the server itself.";
+                vec![Finding::warning("not-examined", format!("captures: {error:#}"), advice)]
+            }));
+            (Some(provider.capabilities().provider), found)
+        }
+        Err(Error::Conflict { what: SCHEMA, id, reason }) => (None, vec![pending(&id, &reason)]),
+        Err(error) => return Err(error.into()),
+    };
     found.sort_by_key(|finding| Reverse(finding.severity));
     let count = found.iter().filter(|finding| finding.severity > Severity::Ok).count();
     match args.json {
@@ -49,6 +57,16 @@ pub(super) async fn run(args: Args) -> Result<Exit> {
         false => print(as_text(&config.provider_shown(), &found, count))?,
     };
     Ok(if count == 0 { Exit::Done } else { Exit::Failed })
+}
+
+/// The store cannot be looked into before it is migrated.
+fn pending(place: &str, reason: &str) -> Finding {
+    Finding::warning(
+        "schema-pending",
+        format!("{place} {reason}"),
+        "`tidegate serve` sees to it when it starts, if its user may change the store; `tidegate migrate` does now. Nothing \
+         else could be looked at.",
+    )
 }
 
 /// Whether triggers stand as they were installed.

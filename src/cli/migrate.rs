@@ -10,6 +10,7 @@ use super::config::Flags;
 use super::exit::Exit;
 use super::print_line;
 use super::serve::open_provider;
+use crate::provider::finding::Opening;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -23,7 +24,7 @@ pub(super) struct Args {
 /// Opens the store, which is what migrates it, and closes it again.
 pub(super) async fn run(args: Args) -> Result<Exit> {
     let config = args.flags.load()?;
-    let provider = open_provider(&config).await?;
+    let provider = open_provider(&config, Opening::Migrate).await?;
     let stats = provider.stats().await?;
     provider.close().await?;
     let version = stats.provider_specific.get("schema_version");

@@ -70,8 +70,8 @@ enum Command {
     Migrate(migrate::Args),
     /// Look at the store: what is not as it should be, why it matters, and what to do
     ///
-    /// Opens the store as serve does, which brings its schema up to date. Exits with 0 when nothing needs doing, with 1 when
-    /// something does or the store does not answer.
+    /// Changes nothing: a schema that serve would make or bring up to date is a finding. Exits with 0 when nothing needs
+    /// doing, with 1 when something does or the store does not answer.
     Doctor(doctor::Args),
     /// Print the configuration that is in force, secrets masked
     Config(config::Args),

@@ -23,6 +23,7 @@ use crate::feed::Feed;
 use crate::host::{Folder, Host, Reloader};
 use crate::http::{Gate, Server, Services};
 use crate::metrics::Metrics;
+use crate::provider::finding::Opening;
 use crate::provider::memory::MemoryProvider;
 use crate::provider::postgres::PostgresProvider;
 use crate::provider::redis::RedisProvider;
@@ -88,7 +89,7 @@ async fn serve(config: Config) -> Result<Exit> {
     let (close_edge, edge_closes) = watch::channel(false);
     let edge = tokio::spawn(server.run(raised(edge_closes)));
 
-    let provider: Arc<dyn Provider> = open_provider(&config).await?;
+    let provider: Arc<dyn Provider> = open_provider(&config, Opening::Migrate).await?;
     gate.done(STORE);
     let (broker, service) = Broker::open(Arc::clone(&provider), config.broker.clone(), metrics.clone()).await?;
     let (feed, tail) = Feed::new(Arc::clone(&provider), metrics.clone());
@@ -133,13 +134,13 @@ async fn join(working: JoinHandle<crate::Result<()>>) -> Result<()> {
     Ok(working.await.context("the broker broke")??)
 }
 
-/// Opens the store, which brings its schema up to date.
-pub(super) async fn open_provider(config: &Config) -> Result<Arc<dyn Examine>> {
+/// Opens the store, and brings its schema up to date or not.
+pub(super) async fn open_provider(config: &Config, opening: Opening) -> crate::Result<Arc<dyn Examine>> {
     match ProviderUrl::parse(&config.provider)? {
         ProviderUrl::Memory => Ok(Arc::new(MemoryProvider::open(config.memory.clone())?)),
-        ProviderUrl::Sqlite => Ok(Arc::new(SqliteProvider::open(config.sqlite.clone()).await?)),
-        ProviderUrl::Postgres => Ok(Arc::new(PostgresProvider::open(config.postgres.clone()).await?)),
-        ProviderUrl::Redis => Ok(Arc::new(RedisProvider::open(config.redis.clone()).await?)),
+        ProviderUrl::Sqlite => Ok(Arc::new(SqliteProvider::open_for(config.sqlite.clone(), opening).await?)),
+        ProviderUrl::Postgres => Ok(Arc::new(PostgresProvider::open_for(config.postgres.clone(), opening).await?)),
+        ProviderUrl::Redis => Ok(Arc::new(RedisProvider::open_for(config.redis.clone(), opening).await?)),
     }
 }
 

@@ -3,13 +3,14 @@
 //! A trait of its own beside the port: the broker never asks for it, and a store is a provider without it. What is found
 //! is told as it stands; nothing is mended here.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::Serialize;
 
 use super::Provider;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A store that can look at itself.
 #[async_trait]
@@ -19,6 +20,23 @@ pub trait Examine: Provider {
     /// # Errors
     /// [`Error::Store`](crate::Error::Store) when the store does not answer.
     async fn examine(&self) -> Result<Vec<Finding>>;
+}
+
+/// Whether opening a store may change it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Opening {
+    /// Makes the schema where there is none, and brings an older one up to date.
+    Migrate,
+    /// Leaves all as it is, for a look. What [`Migrate`](Self::Migrate) would do is told by [`pending`].
+    AsItIs,
+}
+
+/// What [`Error::Conflict`] names where a schema is not as this binary needs it.
+pub(crate) const SCHEMA: &str = "schema";
+
+/// Says what a schema lacks that was not to be changed.
+pub(super) fn pending(place: impl Into<String>, reason: impl Into<Cow<'static, str>>) -> Error {
+    Error::conflict(SCHEMA, place, reason)
 }
 
 /// How much a finding matters.

@@ -27,7 +27,7 @@
 #[expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a claim that does not hold ends in a panic")]
 #[macro_use]
 pub mod conformance;
-mod finding;
+pub(crate) mod finding;
 pub mod inbox;
 pub mod memory;
 mod recent;

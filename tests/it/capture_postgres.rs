@@ -588,6 +588,45 @@ async fn a_key_of_another_type_is_still_told() {
     assert_eq!(scene.rows().await[0]["payload"]["pk"], json!({"id": "\""}));
 }
 
+/// In one session, whose triggers have run before with the key as it was. A column may be named like anything that the
+/// trigger names itself.
+#[tokio::test]
+async fn a_key_that_is_renamed_or_dropped_breaks_no_write() {
+    let scene = Scene::open().await;
+    scene.run("CREATE TABLE a (tg_op int, tidegate_meta text, b int, PRIMARY KEY (tg_op, tidegate_meta))").await;
+    scene.watch_all(&["a"]).await;
+    let mut session = scene.pool.acquire().await.unwrap();
+    let mut told = async |text: &str| {
+        let text = format!("{text}; UPDATE a SET b = 3; DELETE FROM a");
+        sqlx::raw_sql(AssertSqlSafe(text)).execute(&mut *session).await.unwrap();
+        let rows = scene.rows().await;
+        rows.iter().map(|row| json!([row["type"], row["key"], row["payload"]["pk"]])).collect::<Vec<_>>()
+    };
+    let row = |operation: &str, key: &str, pk: &Value| json!([format!("public.a.{operation}"), key, pk]);
+    let pk = json!({"tg_op": 1, "tidegate_meta": "m"});
+    let rows = ["create", "update", "delete"].map(|operation| row(operation, "[1, \"m\"]", &pk));
+    assert_eq!(told("INSERT INTO a VALUES (1, 'm', 2)").await, rows);
+    let rows = [
+        (
+            "ALTER TABLE a RENAME tg_op TO x; INSERT INTO a VALUES (1, 'm', 2)",
+            "[null, \"m\"]",
+            json!({"tg_op": null, "tidegate_meta": "m"}),
+        ),
+        (
+            "ALTER TABLE a DROP tidegate_meta; INSERT INTO a VALUES (1, 2)",
+            "[null, null]",
+            json!({"tg_op": null, "tidegate_meta": null}),
+        ),
+    ];
+    for (text, key, pk) in rows {
+        // Nothing names the row any more, so the update has no pair.
+        let mut found = told(text).await;
+        found.sort_by_key(Value::to_string);
+        let expected = ["create", "create", "delete", "delete"].map(|operation| row(operation, key, &pk));
+        assert_eq!(found, expected, "{text}");
+    }
+}
+
 /// The application's role has no rights on the inbox, and cannot use the function for anything else.
 #[tokio::test]
 async fn who_writes_the_table_needs_no_right_on_the_inbox() {

@@ -135,6 +135,11 @@ async fn doctor_says_what_needs_doing_and_ends_accordingly() {
         let findings = told["findings"].as_array().unwrap().iter().filter(|finding| finding["severity"] != "ok");
         findings.map(|finding| finding["code"].as_str().unwrap().to_owned()).collect()
     };
+    let (code, told) = doctor(&url);
+    assert_eq!((code, todo(&told)), (Some(1), vec!["schema-pending".to_owned()]), "{told:#}");
+    let schemas = "SELECT count(*) FROM pg_namespace WHERE nspname = 'doctored'";
+    assert_eq!(database.psql("postgres", schemas), "0", "a look makes nothing");
+    assert!(tidegate(&["migrate", "--config", &config, "--provider", &url]).status.success());
     let (code, told) = doctor(&url.replace("postgres@", "postgres:hunter2@"));
     assert_eq!((code, &told["healthy"], &told["provider"]), (Some(0), &json!(true), &json!("postgres")), "{told:#}");
     assert_eq!(todo(&told), Vec::<String>::new());
@@ -154,7 +159,10 @@ async fn doctor_says_what_needs_doing_and_ends_accordingly() {
     assert!(text.ends_with("3 things need doing\n"), "{text}");
 
     assert_eq!(doctor("memory:").0, Some(0));
-    let file = format!("sqlite://{}", folder.path().join("t.db").display());
+    let path = folder.path().join("t.db");
+    let file = format!("sqlite://{}", path.display());
+    assert_eq!((todo(&doctor(&file).1), path.exists()), (vec!["schema-pending".to_owned()], false));
+    assert!(tidegate(&["migrate", "--provider", &file]).status.success());
     assert_eq!(doctor(&file).1["findings"][0]["severity"], "ok");
     assert_eq!(doctor("postgrs://x@127.0.0.1/x").0, Some(2));
     assert_eq!(doctor("postgres://x@127.0.0.1:1/x").0, Some(1));

@@ -6,13 +6,15 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rand::{RngExt as _, SeedableRng as _};
-use serde_json::Value;
+use serde_json::{Value, json};
+use tidegate::host::component::embed_manifest;
 
 use crate::support::history::History;
 use crate::support::orders;
 use crate::support::postgres::{Fsync, Postgres};
 use crate::support::redis::RedisServer;
-use crate::support::server::Server;
+use crate::support::server::{Server, built_plugins};
+use crate::support::wire;
 
 const REPLICAS: usize = 3;
 const PUBLISHERS: usize = 3;
@@ -176,4 +178,58 @@ async fn twenty_blows_to_three_servers_on_redis_and_to_itself_lose_nothing() {
     };
     let blows = [Blow::Kill, Blow::Freeze, Blow::Kill, Blow::Store(&restart)];
     Replicas::start(folder.path(), &url).await.under(20, 5, &blows).await;
+}
+
+/// Three servers with two subscriptions each that overlap: every event goes to both subscriptions, and for each to one
+/// server only.
+async fn each_event_goes_to_one_server_per_subscription(provider: &str) {
+    const EVENTS: usize = 300;
+    let folder = tempfile::tempdir().unwrap();
+    let plugins = folder.path().join("plugins");
+    std::fs::create_dir(&plugins).unwrap();
+    let guest = std::fs::read(built_plugins().join("audit-trail.wasm")).unwrap();
+    for (name, pattern) in [("wide", "shop.**"), ("narrow", "shop.orders.*")] {
+        let manifest = format!("name = \"{name}\"\nversion = \"1.0.0\"\n[[subscribe]]\npattern = \"{pattern}\"\n");
+        std::fs::write(plugins.join(format!("{name}.wasm")), embed_manifest(&guest, &manifest).unwrap()).unwrap();
+    }
+    let plugins = plugins.display().to_string();
+    let mut servers = Vec::new();
+    for n in 0..REPLICAS {
+        let config = folder.path().join(format!("{n}.toml"));
+        std::fs::write(&config, format!("instance_id = \"replica-{n}\"\n")).unwrap();
+        let config = config.display().to_string();
+        let arguments = ["--config", &config, "--plugins", &plugins, "--provider", provider];
+        servers.push(Server::start(folder.path(), &arguments).await);
+    }
+    for n in 0..EVENTS / 10 {
+        let batch: Vec<Value> = (0..10).map(|at| orders::order(&format!("{n}-{at}"), at).1).collect();
+        let answer = wire::post(&servers[n % REPLICAS].url, "/v1/events", json!(batch).to_string()).await;
+        assert_eq!(answer.status, 202, "{}", answer.text);
+    }
+    let details = orders::settled(&servers[0]).await;
+    assert_eq!(details.len(), EVENTS);
+    for detail in details.values() {
+        let deliveries = detail["deliveries"].as_array().unwrap();
+        let told = |delivery: &Value| {
+            let attempts = delivery["attempts"].as_array().unwrap().len();
+            (delivery["subscription"].as_str().unwrap().to_owned(), delivery["status"].clone(), attempts)
+        };
+        let mut told: Vec<_> = deliveries.iter().map(told).collect();
+        told.sort_by(|a, b| a.0.cmp(&b.0));
+        let expected = ["narrow", "wide"].map(|name| (name.to_owned(), json!("completed"), 1));
+        assert_eq!(told, expected, "{detail}");
+    }
+    assert_eq!(workers(&details), REPLICAS, "not every server worked");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_event_goes_to_one_of_three_servers_per_subscription_on_postgresql() {
+    let database = tokio::task::spawn_blocking(|| Postgres::start(Fsync::Off)).await.unwrap();
+    each_event_goes_to_one_server_per_subscription(&database.url("postgres")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_event_goes_to_one_of_three_servers_per_subscription_on_redis() {
+    let redis = RedisServer::start(&[]);
+    each_event_goes_to_one_server_per_subscription(&redis.url()).await;
 }

@@ -40,6 +40,7 @@ use self::append::Numbers;
 use self::front::Fronts;
 use self::listen::Relay;
 use self::trouble::{Step, Turns};
+use super::finding::Opening;
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
     Document, Documents, Durability, EventFilter, EventPage, Expect, Inbox, LeaseKey, LogPage, Provider, ProviderStats,
@@ -152,18 +153,23 @@ impl PostgresProvider {
     /// [`Error::Invalid`] naming the setting that must change, [`Error::Incompatible`] when the schema was written by a
     /// newer version or by something else, and [`Error::Store`] when the server cannot be reached or fails.
     pub async fn open(options: Options) -> Result<Self> {
-        Self::start(options, None).await
+        Self::start(options, Opening::Migrate, None).await
+    }
+
+    /// As [`open`](Self::open), changing the schema or not.
+    pub(crate) async fn open_for(options: Options, opening: Opening) -> Result<Self> {
+        Self::start(options, opening, None).await
     }
 
     /// As [`open`](Self::open), with another clock than the server's.
     #[cfg(test)]
     async fn with_clock(options: Options, clock: Clock) -> Result<Self> {
-        Self::start(options, Some(clock)).await
+        Self::start(options, Opening::Migrate, Some(clock)).await
     }
 
-    async fn start(options: Options, clock: Option<Clock>) -> Result<Self> {
+    async fn start(options: Options, opening: Opening, clock: Option<Clock>) -> Result<Self> {
         options.validate()?;
-        let open::Opened { pool, schema, place, server } = open::open(&options).await?;
+        let open::Opened { pool, schema, place, server } = open::open(&options, opening).await?;
         let limit = options.statement_timeout.saturating_add(SLACK);
         let every = options.poll_interval.max(Duration::from_millis(1));
         let (names, fronts) = (Mutex::default(), Mutex::default());

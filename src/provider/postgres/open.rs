@@ -9,6 +9,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _};
 use super::Options;
 use super::trouble::explain;
 use crate::error::{Error, Result};
+use crate::provider::finding::{Opening, pending};
 
 /// The schemas in the order of their versions, each changing what the one before left.
 const MIGRATIONS: [&str; 1] = [include_str!("schema.sql")];
@@ -67,8 +68,8 @@ pub(super) fn indexes() -> Vec<(String, String)> {
     found
 }
 
-/// Connects, brings the schema up to date and opens the pool.
-pub(super) async fn open(options: &Options) -> Result<Opened> {
+/// Connects, brings the schema up to date if that is wanted, and opens the pool.
+pub(super) async fn open(options: &Options, opening: Opening) -> Result<Opened> {
     let schema = quoted(&options.schema)?;
     let (connect, place) = connect_options(options)?;
     let refused = |error| refusal(&place, &options.schema, error);
@@ -83,7 +84,10 @@ pub(super) async fn open(options: &Options) -> Result<Opened> {
         let mut tx = connection.begin().await.map_err(refused)?;
         let server = look(&mut tx, &place).await?;
         tx.commit().await.map_err(refused)?;
-        migrate(&mut connection, options, &schema, &place).await?;
+        match opening {
+            Opening::Migrate => migrate(&mut connection, options, &schema, &place).await?,
+            Opening::AsItIs => is_up_to_date(&mut connection, options, &schema, &place).await?,
+        }
         Ok::<_, Error>(server)
     };
     let slow = || Error::store("postgres", format!("bring {place} up to date"), "it took longer than five minutes");
@@ -251,11 +255,7 @@ async fn migrate(connection: &mut PgConnection, options: &Options, quoted: &str,
     let done = match stand(&mut tx, schema, quoted).await.map_err(failed)? {
         Stand::Version(version) if check(version, schema, place)? => return Ok(()),
         Stand::Version(version) => version,
-        Stand::Foreign => {
-            let what = format!("schema {schema} of {place}");
-            let reason = "is used by something else: name another one with postgres.schema";
-            return Err(Error::Incompatible { what, reason: reason.into() });
-        }
+        Stand::Foreign => return Err(foreign(schema, place)),
         Stand::Absent => {
             let text = AssertSqlSafe(format!("CREATE SCHEMA {quoted}"));
             sqlx::raw_sql(text).execute(&mut *tx).await.map_err(failed)?;
@@ -277,6 +277,26 @@ async fn migrate(connection: &mut PgConnection, options: &Options, quoted: &str,
         tracing::info!(version, schema, "the schema was brought up to date");
     }
     tx.commit().await.map_err(failed)
+}
+
+/// Refuses a schema that a migration would change.
+async fn is_up_to_date(connection: &mut PgConnection, options: &Options, quoted: &str, place: &str) -> Result<()> {
+    let (schema, failed) = (options.schema.as_str(), |error| refusal(place, &options.schema, error));
+    let mut tx = connection.begin().await.map_err(failed)?;
+    let stand = stand(&mut tx, schema, quoted).await.map_err(failed)?;
+    tx.commit().await.map_err(failed)?;
+    let lacks = match stand {
+        Stand::Version(version) if check(version, schema, place)? => return Ok(()),
+        Stand::Version(version) => format!("has version {version}, and this binary needs {}", served()),
+        Stand::Foreign => return Err(foreign(schema, place)),
+        Stand::Absent | Stand::Empty => "is not made yet".to_owned(),
+    };
+    Err(pending(format!("{schema} of {place}"), lacks))
+}
+
+fn foreign(schema: &str, place: &str) -> Error {
+    let reason = "is used by something else: name another one with postgres.schema";
+    Error::Incompatible { what: format!("schema {schema} of {place}"), reason: reason.into() }
 }
 
 /// Whether the schema needs nothing; refuses one of a newer binary.

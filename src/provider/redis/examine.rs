@@ -2,6 +2,7 @@
 
 use async_trait::async_trait;
 
+use super::open::Standing;
 use super::{RedisProvider, row};
 use crate::error::Result;
 use crate::provider::finding::size;
@@ -17,46 +18,53 @@ impl Examine for RedisProvider {
         let before = crate::event::now().as_microsecond();
         let server = self.server_time().await?;
         let after = crate::event::now().as_microsecond();
+        let standing = self.look().await?;
         // A server may forbid it; what it says then is nothing.
         let info = self.link.query("ask for the server's state", &redis::cmd("INFO")).await;
         let report = Report(info.ok().map(row::text).unwrap_or_default());
-        let mut found = vec![Finding::of_clocks(server, before, after), self.durability(), self.eviction()];
+        let mut found = vec![Finding::of_clocks(server, before, after), durability(&standing), eviction(&standing)];
         found.extend(report.findings());
         Ok(found)
     }
 }
 
-impl RedisProvider {
-    fn durability(&self) -> Finding {
-        let settings = format!("appendonly {}, appendfsync {}", self.standing.appendonly, self.standing.appendfsync);
-        match self.standing.durability {
-            Durability::Storage => {
-                Finding::ok("durability", format!("an acknowledged event survives loss of power ({settings})"))
-            }
-            Durability::Os => {
-                let words = "an acknowledged event survives a crash of the server but for the last one or two seconds";
-                Finding::ok("durability", format!("{words} ({settings}); `appendfsync always` keeps those too"))
-            }
-            Durability::Process => Finding::warning(
-                "not-durable",
-                format!("nothing is promised of an acknowledged event ({settings})"),
-                "What was written since the last snapshot goes with the server: CONFIG SET appendonly yes and appendfsync \
-                 everysec or always, the same in redis.conf; or redis.durability where the server does not say what it does.",
-            ),
+fn durability(standing: &Standing) -> Finding {
+    let settings = format!("appendonly {}, appendfsync {}", standing.appendonly, standing.appendfsync);
+    match standing.durability {
+        Durability::Storage => {
+            Finding::ok("durability", format!("an acknowledged event survives loss of power ({settings})"))
         }
+        Durability::Os => {
+            let words = "an acknowledged event survives a crash of the server but for the last one or two seconds";
+            Finding::ok("durability", format!("{words} ({settings}); `appendfsync always` keeps those too"))
+        }
+        Durability::Process => Finding::warning(
+            "not-durable",
+            format!("nothing is promised of an acknowledged event ({settings})"),
+            "What was written since the last snapshot goes with the server: CONFIG SET appendonly yes and appendfsync \
+             everysec or always, the same in redis.conf; or redis.durability where the server does not say what it does.",
+        ),
     }
+}
 
-    fn eviction(&self) -> Finding {
-        match self.standing.policy.as_str() {
-            "noeviction" => Finding::ok("eviction", "the server drops no events when memory is short (noeviction)"),
-            policy => Finding::warning(
-                "eviction-unknown",
-                format!(
-                    "whether the server drops events when memory is short is not known (maxmemory-policy {policy})"
-                ),
-                "Dropped keys are lost events: see that its maxmemory-policy is noeviction, or let this user run CONFIG GET.",
-            ),
-        }
+fn eviction(standing: &Standing) -> Finding {
+    let policy = &standing.policy;
+    match standing.evicts() {
+        Some(false) => Finding::ok(
+            "eviction",
+            format!("the server drops no events when memory is short (maxmemory-policy {policy})"),
+        ),
+        Some(true) => Finding::problem(
+            "evicts",
+            format!("the server drops events when memory is short (maxmemory-policy {policy})"),
+            "Events, open deliveries among them, vanish without a word, and no server starts on it: CONFIG SET \
+             maxmemory-policy noeviction, and `maxmemory-policy noeviction` in redis.conf.",
+        ),
+        None => Finding::warning(
+            "eviction-unknown",
+            format!("whether the server drops events when memory is short is not known (maxmemory-policy {policy})"),
+            "Dropped keys are lost events: see that its maxmemory-policy is noeviction, or let this user run CONFIG GET.",
+        ),
     }
 }
 

@@ -30,6 +30,7 @@ use tokio::task::AbortHandle;
 
 use self::link::{Link, Script};
 use self::open::{Place, Standing};
+use super::finding::{Opening, pending};
 use super::recent::Recent;
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
@@ -98,7 +99,10 @@ impl Options {
 /// The store in a Redis server.
 pub struct RedisProvider {
     link: Arc<Link>,
-    standing: Standing,
+    /// What the server said of itself when it was last asked.
+    standing: Mutex<Standing>,
+    /// What an acknowledged write survives, where that is configured.
+    promised: Option<Durability>,
     namespace: String,
     /// What all keys begin with.
     prefix: String,
@@ -140,7 +144,12 @@ impl RedisProvider {
     /// cannot be used, [`Error::Incompatible`](crate::Error::Incompatible) when the server is too old or the namespace was written by a newer version,
     /// and [`Error::Store`](crate::Error::Store) when the server cannot be reached or refuses.
     pub async fn open(options: Options) -> Result<Self> {
-        Self::build(options, None).await
+        Self::build(options, Opening::Migrate, None).await
+    }
+
+    /// As [`open`](Self::open), or without making the log; then a server that may evict events is not refused either.
+    pub(crate) async fn open_for(options: Options, opening: Opening) -> Result<Self> {
+        Self::build(options, opening, None).await
     }
 
     /// As [`open`](Self::open), with another clock than the server's. All instances of a namespace should agree on it.
@@ -148,10 +157,10 @@ impl RedisProvider {
     /// # Errors
     /// As [`open`](Self::open).
     pub async fn with_clock(options: Options, clock: Clock) -> Result<Self> {
-        Self::build(options, Some(clock)).await
+        Self::build(options, Opening::Migrate, Some(clock)).await
     }
 
-    async fn build(options: Options, clock: Option<Clock>) -> Result<Self> {
+    async fn build(options: Options, opening: Opening, clock: Option<Clock>) -> Result<Self> {
         let place = Place::read(&options)?;
         // Fails when something else has chosen before, which is as good.
         drop(rustls::crypto::ring::default_provider().install_default());
@@ -159,23 +168,32 @@ impl RedisProvider {
         let prefix = format!("{{tidegate:{}}}:", place.namespace);
         let meta = format!("{prefix}meta");
         link.connect().await?;
-        open::check_schema(&link, &meta).await?;
-        let standing = open::inspect(&link, &options).await?;
+        let is_there = open::check_schema(&link, &meta).await?;
+        if opening == Opening::AsItIs && !is_there {
+            return Err(pending(format!("of namespace {} in {}", place.namespace, link.server), "is not made yet"));
+        }
+        let promised = options.durability;
+        let standing = open::inspect(&link, promised, true).await?;
+        if opening == Opening::Migrate {
+            standing.check(&link, promised)?;
+        }
         if options.max_len.is_some() {
             tracing::warn!(
                 "redis.max_len is not used, since it would drop events that nobody has handled; see broker.keep_events"
             );
         }
         let instance = format!("{:016x}", rand::random::<u64>());
-        let mut init = link.command("make the log", &open::INIT, &meta).await?;
-        begin(&mut init, clock.as_ref(), &instance);
-        link.run("make the log", &open::INIT, &init).await?;
+        if !is_there {
+            let mut init = link.command("make the log", &open::INIT, &meta).await?;
+            begin(&mut init, clock.as_ref(), &instance);
+            link.run("make the log", &open::INIT, &init).await?;
+        }
         let wake = watch::Sender::new(0);
         let listening = listen::run(Arc::clone(&link), format!("{prefix}wake"), instance.clone(), wake.clone());
         let listener = tokio::spawn(listening).abort_handle();
         tracing::info!(server = %link.server, version = %standing.version, durability = ?standing.durability, "connected");
-        let (namespace, recent) = (place.namespace, Mutex::default());
-        Ok(Self { link, standing, namespace, prefix, meta, clock, instance, wake, listener, recent })
+        let (namespace, recent, standing) = (place.namespace, Mutex::default(), Mutex::new(standing));
+        Ok(Self { link, standing, promised, namespace, prefix, meta, clock, instance, wake, listener, recent })
     }
 
     /// The beginning of a call of a script; its own arguments follow.
@@ -183,6 +201,27 @@ impl RedisProvider {
         let mut command = self.link.command(action, script, &self.meta).await?;
         begin(&mut command, self.clock.as_ref(), &self.instance);
         Ok(command)
+    }
+
+    /// How the server is set now. Its settings can be changed while it runs: where it has come to promise less, that is
+    /// said once.
+    async fn look(&self) -> Result<Standing> {
+        let before = self.standing.lock().clone();
+        let now = open::inspect(&self.link, self.promised, before.is_open).await?.or(&before);
+        *self.standing.lock() = now.clone();
+        if now.evicts() == Some(true) && before.evicts() != Some(true) {
+            tracing::error!(
+                server = %self.link.server, policy = now.policy,
+                "the server drops events from now on when memory is short: CONFIG SET maxmemory-policy noeviction"
+            );
+        }
+        if now.durability != before.durability {
+            tracing::warn!(
+                server = %self.link.server, appendonly = now.appendonly, appendfsync = now.appendfsync,
+                before = ?before.durability, now = ?now.durability, "the server keeps data in another way from now on"
+            );
+        }
+        Ok(now)
     }
 
     /// The key of this name.
@@ -225,7 +264,7 @@ impl Provider for RedisProvider {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             provider: "redis",
-            durability: self.standing.durability,
+            durability: self.standing.lock().durability,
             grouping: true,
             shared: true,
             transactions: true,
@@ -287,6 +326,8 @@ impl Provider for RedisProvider {
     }
 
     async fn prune(&self, retention: &Retention) -> Result<u64> {
+        // The broker comes by every minute.
+        self.look().await?;
         self.prune_all(retention).await
     }
 

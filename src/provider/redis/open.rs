@@ -101,13 +101,40 @@ pub(super) struct Standing {
     pub(super) appendonly: String,
     pub(super) appendfsync: String,
     pub(super) policy: String,
+    /// Whether it answers CONFIG GET; otherwise less is known.
+    pub(super) is_open: bool,
 }
 
 /// Shown where the server does not say.
 const UNKNOWN: &str = "unknown";
 
-/// Asks the server what it is, and refuses one that may drop events.
-pub(super) async fn inspect(link: &Link, options: &Options) -> Result<Standing> {
+impl Standing {
+    /// Says what neither the server nor `promised` tells, and refuses one that may drop events.
+    pub(super) fn check(&self, link: &Link, promised: Option<Durability>) -> Result<()> {
+        let is_silent = self.appendonly == UNKNOWN || (self.appendonly == "yes" && self.appendfsync == UNKNOWN);
+        if is_silent && promised.is_none() {
+            tracing::warn!(
+                server = %link.server,
+                "the server does not say how it keeps data: nothing is promised; set redis.durability to what it does"
+            );
+        }
+        check_policy(link, &self.policy)
+    }
+
+    /// What is known once the server has been asked again: what it does not say this time is as it was.
+    pub(super) fn or(self, before: &Self) -> Self {
+        let is_said = self.version != UNKNOWN && self.is_open == before.is_open;
+        if is_said { self } else { before.clone() }
+    }
+
+    /// Whether the server may drop events when memory is short; `None` where it does not say.
+    pub(super) fn evicts(&self) -> Option<bool> {
+        (self.policy != UNKNOWN).then(|| self.policy != "noeviction")
+    }
+}
+
+/// Asks the server what it is; its configuration too, unless it is known to keep that to itself.
+pub(super) async fn inspect(link: &Link, promised: Option<Durability>, is_open: bool) -> Result<Standing> {
     // A server may forbid either; that both are forbidden is told below, by what is not known then.
     let info = link.query("ask for the server's state", &redis::cmd("INFO")).await;
     let info = info.ok().map(row::text).unwrap_or_default();
@@ -117,13 +144,16 @@ pub(super) async fn inspect(link: &Link, options: &Options) -> Result<Standing> 
     };
     let mut command = redis::cmd("CONFIG");
     command.arg("GET").arg("appendonly").arg("appendfsync").arg("maxmemory-policy");
-    let config = match link.query("read the server's configuration", &command).await {
-        Ok(answer) => row::texts(answer),
+    let config = match is_open {
+        true => link.query("read the server's configuration", &command).await.map(row::texts),
+        false => Ok(Vec::new()),
+    };
+    let config = match config {
         Err(Error::Store { action, source, .. }) => {
             tracing::info!(%action, %source, "the server keeps its configuration to itself");
             Vec::new()
         }
-        Err(error) => return Err(error),
+        config => config?,
     };
     let of_config = |name: &str| {
         let mut pairs = config.chunks_exact(2);
@@ -135,28 +165,20 @@ pub(super) async fn inspect(link: &Link, options: &Options) -> Result<Standing> 
     check_version(link, &version)?;
     let policy = of_config("maxmemory-policy").or_else(|| of_info("maxmemory_policy"));
     let policy = policy.unwrap_or_else(|| UNKNOWN.to_owned());
-    check_policy(link, &policy)?;
     let aof = of_info("aof_enabled").map(|enabled| if enabled == "1" { "yes" } else { "no" }.to_owned());
     let appendonly = of_config("appendonly").or(aof).unwrap_or_else(|| UNKNOWN.to_owned());
     let appendfsync = of_config("appendfsync").unwrap_or_else(|| UNKNOWN.to_owned());
-    let durability = options.durability.unwrap_or_else(|| stated(link, &appendonly, &appendfsync));
-    Ok(Standing { version, durability, appendonly, appendfsync, policy })
+    let durability = promised.unwrap_or_else(|| stated(&appendonly, &appendfsync));
+    Ok(Standing { version, durability, appendonly, appendfsync, policy, is_open: !config.is_empty() })
 }
 
 /// What an acknowledged write survives, by the server's settings.
-fn stated(link: &Link, appendonly: &str, appendfsync: &str) -> Durability {
+fn stated(appendonly: &str, appendfsync: &str) -> Durability {
     match (appendonly, appendfsync) {
         ("yes", "always") => Durability::Storage,
         ("yes", "everysec") => Durability::Os,
         // When the file reaches the disk is the kernel's choice: nothing can be promised.
-        ("yes", "no") | ("no", _) => Durability::Process,
-        _ => {
-            tracing::warn!(
-                server = %link.server,
-                "the server does not say how it keeps data: nothing is promised; set redis.durability to what it does"
-            );
-            Durability::Process
-        }
+        _ => Durability::Process,
     }
 }
 
@@ -188,15 +210,18 @@ fn check_policy(link: &Link, policy: &str) -> Result<()> {
     }
 }
 
-/// Refuses a log of a newer version, and whoever may not read it.
-pub(super) async fn check_schema(link: &Link, key: &str) -> Result<()> {
+/// Whether there is a log; refuses that of a newer version, and whoever may not read it.
+pub(super) async fn check_schema(link: &Link, key: &str) -> Result<bool> {
     let mut command = redis::cmd("HGET");
     command.arg(key).arg("schema");
     let schema = link.first_query("read the schema", &command).await?;
-    let schema = if schema == Value::Nil { SCHEMA } else { row::text(schema).parse().unwrap_or(u64::MAX) };
+    if schema == Value::Nil {
+        return Ok(false);
+    }
+    let schema = row::text(schema).parse().unwrap_or(u64::MAX);
     if schema > SCHEMA {
         let reason = format!("has schema {schema} under {key}; this version knows {SCHEMA}: use the newer tidegate");
         return Err(Error::Incompatible { what: link.server.clone(), reason: reason.into() });
     }
-    Ok(())
+    Ok(true)
 }

@@ -209,6 +209,7 @@ impl RedisProvider {
         let mut figure = || row::number(answers.next().unwrap_or_default());
         let (total, dead, length) = (figure(), figure(), figure());
         let (first, last) = (answers.next().unwrap_or_default(), answers.next().unwrap_or_default());
+        let standing = self.look().await?;
         let mut stats = ProviderStats {
             provider_type: "redis",
             total_events: total,
@@ -230,10 +231,10 @@ impl RedisProvider {
         add("first_entry_id", place(first).into());
         add("last_entry_id", place(last).into());
         add("namespace", self.namespace.clone().into());
-        add("server_version", self.standing.version.clone().into());
-        add("appendonly", self.standing.appendonly.clone().into());
-        add("appendfsync", self.standing.appendfsync.clone().into());
-        add("maxmemory_policy", self.standing.policy.clone().into());
+        add("server_version", standing.version.into());
+        add("appendonly", standing.appendonly.into());
+        add("appendfsync", standing.appendfsync.into());
+        add("maxmemory_policy", standing.policy.into());
         add("consumer_name", self.instance.clone().into());
         add("consumer_errors", self.link.errors.load(Ordering::Relaxed).into());
         add("connections_made", self.link.connections().into());

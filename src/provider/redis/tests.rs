@@ -566,3 +566,43 @@ async fn a_look_tells_a_server_that_writes_everything_down_from_one_that_does_no
         assert!(found.len() == 5 && todo.iter().map(|finding| finding.code).eq(expected), "{found:#?}");
     }
 }
+
+/// Settings can be changed while the server runs: the figures and a look show them as they are now, and what no longer may
+/// serve is not opened again.
+#[tokio::test]
+async fn settings_that_change_while_the_server_runs_are_noticed() {
+    use crate::provider::{Examine as _, Severity};
+    let server = RedisServer::start(&["--appendonly", "yes", "--appendfsync", "always"]);
+    let options = Place::on(&server).options();
+    let provider = RedisProvider::open(options.clone()).await.unwrap();
+    assert_eq!(provider.capabilities().durability, Durability::Storage);
+    raw(&server, &["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]).await;
+    raw(&server, &["CONFIG", "SET", "appendfsync", "everysec"]).await;
+    let figures = provider.stats().await.unwrap().provider_specific;
+    assert_eq!((&figures["maxmemory_policy"], &figures["appendfsync"]), (&"allkeys-lru".into(), &"everysec".into()));
+    assert_eq!(provider.capabilities().durability, Durability::Os);
+    raw(&server, &["CONFIG", "SET", "appendonly", "no"]).await;
+    // Retention comes by every minute.
+    provider.prune(&Retention { max_age: None, max_events: None }).await.unwrap();
+    assert_eq!(provider.capabilities().durability, Durability::Process);
+    assert!(refusal(&server.url()).await.contains("CONFIG SET maxmemory-policy noeviction"));
+    let looking = RedisProvider::open_for(options, Opening::AsItIs).await.unwrap();
+    for provider in [provider, looking] {
+        let found = provider.examine().await.unwrap();
+        let todo: Vec<_> = found.iter().filter(|one| one.severity > Severity::Ok).map(|one| one.code).collect();
+        assert_eq!(todo, ["not-durable", "evicts"], "{found:?}");
+    }
+}
+
+/// A look changes nothing, and says what is missing.
+#[tokio::test]
+async fn a_look_makes_no_log_and_says_so() {
+    let server = RedisServer::start(&[]);
+    let place = Place::on(&server);
+    let look = async || RedisProvider::open_for(place.options(), Opening::AsItIs).await.map(drop);
+    let text = look().await.unwrap_err().to_string();
+    assert!(text.contains("is not made yet"), "{text}");
+    assert_eq!(raw(&server, &["DBSIZE"]).await, ::redis::Value::Int(0));
+    place.provider().await;
+    look().await.unwrap();
+}

@@ -32,6 +32,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use self::documents::Put;
 use self::writer::{Answer, Job, Request, Writer};
+use super::finding::Opening;
 use super::recent::Recent;
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
@@ -90,7 +91,7 @@ impl SqliteProvider {
     /// [`Error::Invalid`] naming `provider` when the file cannot be used, [`Error::Incompatible`] when it was written
     /// by a newer version or by something else, and [`Error::Store`] when SQLite fails.
     pub async fn open(options: Options) -> Result<Self> {
-        Self::with_clock(options, Arc::new(|| crate::event::now().as_microsecond())).await
+        Self::with_clock(options, system_clock()).await
     }
 
     /// As [`open`](Self::open), with another clock than the system's. All instances on one file should agree on it.
@@ -98,7 +99,16 @@ impl SqliteProvider {
     /// # Errors
     /// As [`open`](Self::open).
     pub async fn with_clock(options: Options, clock: Clock) -> Result<Self> {
-        let open::Opened { writer, checkpointer, readers, path } = open::open(&options).await?;
+        Self::start(options, Opening::Migrate, clock).await
+    }
+
+    /// As [`open`](Self::open), changing the schema or not.
+    pub(crate) async fn open_for(options: Options, opening: Opening) -> Result<Self> {
+        Self::start(options, opening, system_clock()).await
+    }
+
+    async fn start(options: Options, opening: Opening, clock: Clock) -> Result<Self> {
+        let open::Opened { writer, checkpointer, readers, path } = open::open(&options, opening).await?;
         let wake = watch::Sender::new(0);
         let (jobs, queue) = mpsc::channel(QUEUE);
         let mut log = path.clone().into_os_string();
@@ -149,6 +159,10 @@ impl SqliteProvider {
             error => Error::store("sqlite", action, error),
         }
     }
+}
+
+fn system_clock() -> Clock {
+    Arc::new(|| crate::event::now().as_microsecond())
 }
 
 /// The writer answers each request in its own kind; anything else cannot happen, and is told as a failure if it does.

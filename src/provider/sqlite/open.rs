@@ -11,6 +11,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _};
 
 use super::Options;
 use crate::error::{Error, Result};
+use crate::provider::finding::{Opening, pending};
 
 /// The schemas in the order of their versions, each changing what the one before left.
 const MIGRATIONS: [&str; 3] = [include_str!("schema.sql"), include_str!("depth.sql"), include_str!("inbox.sql")];
@@ -34,9 +35,12 @@ pub(super) struct Opened {
     pub(super) path: PathBuf,
 }
 
-/// Opens or makes the database.
-pub(super) async fn open(options: &Options) -> Result<Opened> {
+/// Opens the database, and makes it or brings it up to date if that is wanted.
+pub(super) async fn open(options: &Options, opening: Opening) -> Result<Opened> {
     let path = path(&options.url)?;
+    if opening == Opening::AsItIs {
+        is_up_to_date(&path).await?;
+    }
     let failed = |action: &'static str| move |error: sqlx::Error| Error::store("sqlite", action, error);
     let connect = SqliteConnectOptions::new()
         .filename(&path)
@@ -63,6 +67,24 @@ pub(super) async fn open(options: &Options) -> Result<Opened> {
         .await
         .map_err(failed("open readers"))?;
     Ok(Opened { writer, checkpointer, readers, path })
+}
+
+/// Refuses a database that a migration would make or change.
+async fn is_up_to_date(path: &Path) -> Result<()> {
+    let lacks = |reason: String| Err(pending(path.display().to_string(), reason));
+    if !path.exists() {
+        return lacks("is not made yet".to_owned());
+    }
+    let failed = |error| cannot_open(path, error);
+    let connect = SqliteConnectOptions::new().filename(path).busy_timeout(BUSY).pragma("query_only", "ON");
+    let mut connection = connect.disable_statement_logging().connect().await.map_err(failed)?;
+    let done = version(&mut connection, path).await;
+    drop(connection.close().await);
+    match done? {
+        0 => lacks("holds nothing yet".to_owned()),
+        version if version < served() => lacks(format!("has version {version}, and this binary needs {}", served())),
+        _ => Ok(()),
+    }
 }
 
 /// The file that the URL names, which must be one that can be written.
@@ -121,19 +143,7 @@ async fn check_locks(writer: &mut SqliteConnection, connect: &SqliteConnectOptio
 async fn migrate(writer: &mut SqliteConnection, path: &Path) -> Result<()> {
     let failed = |error| Error::store("sqlite", "bring the schema up to date", error);
     let mut tx = writer.begin_with("BEGIN IMMEDIATE").await.map_err(|error| cannot_open(path, error))?;
-    let version: i64 = sqlx::query_scalar("PRAGMA user_version").fetch_one(&mut *tx).await.map_err(failed)?;
-    let application: i64 = sqlx::query_scalar("PRAGMA application_id").fetch_one(&mut *tx).await.map_err(failed)?;
-    let tables: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM sqlite_schema").fetch_one(&mut *tx).await.map_err(failed)?;
-    let incompatible = |reason: String| Error::Incompatible { what: path.display().to_string(), reason: reason.into() };
-    if tables > 0 && application != APPLICATION {
-        return Err(incompatible("is a database of something else: name another file".to_owned()));
-    }
-    let served = served();
-    if version > served {
-        let reason = format!("has schema {version}, this binary knows up to {served}: use a newer tidegate");
-        return Err(incompatible(reason));
-    }
+    let (version, served) = (version(&mut tx, path).await?, served());
     let done = usize::try_from(version).unwrap_or(0);
     for migration in MIGRATIONS.into_iter().skip(done) {
         sqlx::raw_sql(migration).execute(&mut *tx).await.map_err(failed)?;
@@ -148,4 +158,23 @@ async fn migrate(writer: &mut SqliteConnection, path: &Path) -> Result<()> {
         sqlx::raw_sql(AssertSqlSafe(text)).execute(&mut *tx).await.map_err(failed)?;
     }
     tx.commit().await.map_err(failed)
+}
+
+/// The version of the schema; refuses that of a newer binary, and a database of something else.
+async fn version(connection: &mut SqliteConnection, path: &Path) -> Result<i64> {
+    let failed = |error| cannot_open(path, error);
+    let mut number = async |text: &'static str| sqlx::query_scalar::<_, i64>(text).fetch_one(&mut *connection).await;
+    let version = number("PRAGMA user_version").await.map_err(failed)?;
+    let application = number("PRAGMA application_id").await.map_err(failed)?;
+    let tables = number("SELECT count(*) FROM sqlite_schema").await.map_err(failed)?;
+    let incompatible = |reason: String| Error::Incompatible { what: path.display().to_string(), reason: reason.into() };
+    if tables > 0 && application != APPLICATION {
+        return Err(incompatible("is a database of something else: name another file".to_owned()));
+    }
+    let served = served();
+    if version > served {
+        let reason = format!("has schema {version}, this binary knows up to {served}: use a newer tidegate");
+        return Err(incompatible(reason));
+    }
+    Ok(version)
 }

@@ -366,3 +366,28 @@ async fn nothing_of_an_erased_event_is_left_in_the_file() {
     let bytes = std::fs::read(file.folder.path().join("t.db")).unwrap();
     assert!(!bytes.windows(6).any(|window| window == b"SECRET"));
 }
+
+/// A look changes nothing, and says what a migration would do.
+#[tokio::test]
+async fn a_look_makes_no_file_and_says_what_is_pending() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("t.db");
+    let options = Options { url: format!("sqlite://{}", path.display()), ..Options::default() };
+    let look = async || SqliteProvider::open_for(options.clone(), Opening::AsItIs).await.map(drop);
+    let text = look().await.unwrap_err().to_string();
+    assert!(text.contains("is not made yet") && !path.exists(), "{text}");
+    std::fs::write(&path, "").unwrap();
+    let text = look().await.unwrap_err().to_string();
+    assert!(text.contains("holds nothing yet"), "{text}");
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+    SqliteProvider::open(options.clone()).await.unwrap().close().await.unwrap();
+    look().await.unwrap();
+    let version = async |text: &'static str| {
+        let mut connection = <sqlx::SqliteConnection as sqlx::Connection>::connect(&options.url).await.unwrap();
+        sqlx::query_scalar::<_, i64>(text).fetch_optional(&mut connection).await.unwrap()
+    };
+    version("PRAGMA user_version = 2").await;
+    let text = look().await.unwrap_err().to_string();
+    assert!(text.contains("has version 2, and this binary needs 3"), "{text}");
+    assert_eq!(version("PRAGMA user_version").await, Some(2));
+}

@@ -104,6 +104,28 @@ impl Postgres {
 
     /// A server of one's own.
     pub(crate) fn start(fsync: Fsync) -> Self {
+        let server = Self::without_data(fsync);
+        let data = server.folder.join("data").display().to_string();
+        let mut initdb = server.command("initdb");
+        initdb.args(["-D", &data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]);
+        checked(initdb.output().expect("initdb"), "initdb");
+        server.guard("guarded");
+        server.run_on(|| server.port.store(free_port(), Ordering::Relaxed));
+        server
+    }
+
+    /// A hot standby of this server, made from a base backup: it follows, and can be read.
+    pub(crate) fn standby(&self) -> Self {
+        let server = Self::without_data(self.fsync);
+        let (data, url) = (server.folder.join("data").display().to_string(), self.url("postgres"));
+        let mut backup = server.command("pg_basebackup");
+        backup.args(["-D", &data, "-d", &url, "-R", "-X", "stream", "-c", "fast", "--no-sync"]);
+        checked(backup.output().expect("pg_basebackup"), "pg_basebackup");
+        server.run_on(|| server.port.store(free_port(), Ordering::Relaxed));
+        server
+    }
+
+    fn without_data(fsync: Fsync) -> Self {
         let user = unprivileged();
         let name = format!("tidegate-pg-{}-{}", std::process::id(), NAMES.fetch_add(1, Ordering::Relaxed));
         let folder = std::env::temp_dir().join(name);
@@ -112,21 +134,7 @@ impl Postgres {
         if let Some((uid, gid)) = user {
             chown(&folder, Some(uid), Some(gid)).expect("a folder of the server's own");
         }
-        let server = Self {
-            binaries: binaries(),
-            user,
-            folder,
-            port: AtomicU16::new(free_port()),
-            fsync,
-            running: Mutex::new(None),
-        };
-        let data = server.folder.join("data").display().to_string();
-        let mut initdb = server.command("initdb");
-        initdb.args(["-D", &data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]);
-        checked(initdb.output().expect("initdb"), "initdb");
-        server.guard("guarded");
-        server.run_on(|| server.port.store(free_port(), Ordering::Relaxed));
-        server
+        Self { binaries: binaries(), user, folder, port: AtomicU16::new(free_port()), fsync, running: Mutex::new(None) }
     }
 
     fn port(&self) -> u16 {

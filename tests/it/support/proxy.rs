@@ -1,7 +1,7 @@
 //! A stretch of network that can be made bad: between a client and a PostgreSQL, without TLS.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -14,6 +14,8 @@ const NOTIFICATION: u8 = b'A';
 /// Forwards connections to a server.
 pub(crate) struct Proxy {
     address: String,
+    /// Where new connections lead.
+    server: Arc<Mutex<String>>,
     /// Notifications do not come through, as behind a pooler that shares connections.
     swallows: Arc<AtomicBool>,
     /// Grows when the listening connections of now are to carry nothing any more, and stay open.
@@ -27,16 +29,24 @@ impl Proxy {
         let address = listener.local_addr().unwrap().to_string();
         let (swallows, frozen) = (Arc::new(AtomicBool::new(false)), watch::Sender::new(0));
         let (rule, freezes) = (Arc::clone(&swallows), frozen.subscribe());
+        let server = Arc::new(Mutex::new(server));
+        let target = Arc::clone(&server);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(forward(client, server.clone(), Arc::clone(&rule), freezes.clone()));
+                let server = target.lock().unwrap().clone();
+                tokio::spawn(forward(client, server, Arc::clone(&rule), freezes.clone()));
             }
         });
-        Self { address, swallows, frozen }
+        Self { address, server, swallows, frozen }
     }
 
     pub(crate) fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Leads whoever connects from now on to another server.
+    pub(crate) fn lead_to(&self, server: String) {
+        *self.server.lock().unwrap() = server;
     }
 
     pub(crate) fn swallow_notifications(&self) {

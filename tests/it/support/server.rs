@@ -58,12 +58,18 @@ impl Server {
 
     /// Starts a server at an address of the test's choice and does not wait.
     pub(crate) fn spawn_on(listen: &str, folder: &Path, arguments: &[&str]) -> Self {
+        Self::spawn_with(listen, folder, arguments, &[])
+    }
+
+    /// As [`spawn_on`](Self::spawn_on), with these variables in its environment.
+    pub(crate) fn spawn_with(listen: &str, folder: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         let log = folder.join("server.log");
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&log).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_tidegate"))
             .args(["serve", "--listen", listen])
             .args(arguments)
             .env_remove("RUST_LOG")
+            .envs(environment.iter().copied())
             .env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -134,3 +134,119 @@ async fn a_table_that_is_gone_hides_nothing_else() {
     let said = |code: &str, words: &str| found.iter().any(|one| one.code == code && one.what.contains(words));
     assert!(said("not-examined", "inbox") && said("missing-index", "events_by_age"), "{found:#?}");
 }
+
+/// A database of one's own, whose sessions and figures are nobody else's.
+fn database() -> String {
+    let name = Postgres::shared().fresh_name();
+    Postgres::shared().psql("postgres", &format!("CREATE DATABASE {name}"));
+    name
+}
+
+#[tokio::test]
+async fn a_prepared_transaction_is_found_and_the_advice_ends_it() {
+    let server = tokio::task::spawn_blocking(|| {
+        let server = Postgres::start(Fsync::Off);
+        server.psql("postgres", "ALTER SYSTEM SET max_prepared_transactions = 5");
+        server.kill();
+        server.run();
+        server
+    });
+    let server = server.await.unwrap();
+    let provider = PostgresProvider::open(Options { url: server.url("postgres"), ..Options::default() }).await.unwrap();
+    assert_eq!(of_code(&provider, "prepared-transaction").await, []);
+    server.psql("postgres", "BEGIN; CREATE TABLE t (x int); PREPARE TRANSACTION 'it''s mine'");
+    let waiting = of_code(&provider, "prepared-transaction").await;
+    assert_eq!((waiting.len(), waiting[0].severity), (1, Severity::Warning), "{waiting:?}");
+    assert!(waiting[0].what.contains("'it's mine' of postgres"), "{waiting:?}");
+    let (_, remedy) = waiting[0].advice.split_once(" or ").unwrap();
+    server.psql("postgres", remedy.trim_end_matches('.'));
+    assert_eq!(of_code(&provider, "prepared-transaction").await, []);
+}
+
+#[tokio::test]
+async fn dead_rows_that_nobody_vacuums_are_found_and_the_advice_removes_them() {
+    let (server, database) = (Postgres::shared(), database());
+    let provider = PostgresProvider::open(Options { url: server.url(&database), ..Options::default() }).await.unwrap();
+    let limits = Limits { dead: (1_000, Duration::from_secs(1_000)), ..at_once() };
+    let dead = async || {
+        let found = provider.examine_with(&limits).await.unwrap();
+        found.into_iter().filter(|finding| finding.code == "dead-rows").collect::<Vec<_>>()
+    };
+    assert_eq!(dead().await, []);
+    server.psql(
+        &database,
+        "ALTER TABLE tidegate.documents SET (autovacuum_enabled = off); INSERT INTO tidegate.documents \
+         SELECT 'c', n::text::bytea, '', n FROM generate_series(1, 2000) n",
+    );
+    server.psql(&database, "UPDATE tidegate.documents SET revision = revision + 1");
+    let found = dead().await;
+    assert_eq!((found.len(), found[0].severity), (1, Severity::Warning), "{found:?}");
+    assert!(found[0].what.contains("documents has 2000 dead rows beside 2000 live ones"), "{found:?}");
+    assert!(found[0].what.contains("never vacuumed"), "{found:?}");
+    let (_, remedy) = found[0].advice.split_once("left, and ").unwrap();
+    server.psql(&database, remedy.trim_end_matches('.'));
+    assert_eq!(dead().await, []);
+}
+
+#[tokio::test]
+async fn an_index_that_is_not_valid_is_found_and_the_advice_mends_it() {
+    let schema = Schema::new();
+    let provider = schema.provider().await;
+    // As a REINDEX CONCURRENTLY leaves it that was broken off.
+    schema.sql("UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{s}.events_by_id'::regclass");
+    let invalid = of_code(&provider, "invalid-index").await;
+    assert_eq!((invalid.len(), invalid[0].severity), (1, Severity::Problem), "{invalid:?}");
+    assert!(invalid[0].what.contains("events_by_id"), "{invalid:?}");
+    let (_, remedy) = invalid[0].advice.split_once("nothing: ").unwrap();
+    schema.sql(remedy.trim_end_matches('.'));
+    assert_eq!(of_code(&provider, "invalid-index").await, []);
+}
+
+#[tokio::test]
+async fn an_inbox_that_is_emptied_too_slowly_is_found() {
+    let schema = Schema::new();
+    let provider = schema.provider().await;
+    schema.sql("INSERT INTO {s}.inbox (type, payload) SELECT 'a.b', '1' FROM generate_series(1, 20000)");
+    let limits = Limits { inbox: 100, again: Duration::from_millis(200), ..Limits::default() };
+    let matcher = |_: &crate::event::EventType| -> Arc<[Arc<str>]> { [].into() };
+    let moving = async {
+        loop {
+            provider.route(&RouteRequest { matcher: &matcher, max: 1, max_payload: 99 }).await.unwrap();
+        }
+    };
+    // On a busy machine nothing may have moved between two looks.
+    let looking = async {
+        loop {
+            let found = provider.examine_with(&limits).await.unwrap();
+            let inbox: Vec<_> = found.into_iter().filter(|finding| finding.code.starts_with("inbox")).collect();
+            if inbox[0].code != "inbox-stands-still" {
+                return inbox;
+            }
+        }
+    };
+    let inbox = tokio::select! {
+        inbox = looking => inbox,
+        () = moving => unreachable!(),
+    };
+    assert_eq!((inbox.len(), inbox[0].code, inbox[0].severity), (1, "inbox-backlog", Severity::Warning), "{inbox:?}");
+}
+
+/// Whoever may not see what others hold is told that there is something that was not looked at.
+#[tokio::test]
+async fn sessions_that_cannot_be_seen_are_counted_until_the_right_is_granted() {
+    let (server, database) = (Postgres::shared(), database());
+    let user = format!("blind_{database}");
+    server.psql(&database, &format!("CREATE ROLE {user} LOGIN; GRANT CREATE ON DATABASE {database} TO {user}"));
+    let url = server.url(&database).replace("postgres@", &format!("{user}@"));
+    let provider = PostgresProvider::open(Options { url, ..Options::default() }).await.unwrap();
+    let mut other = sqlx::PgConnection::connect(&server.url(&database)).await.unwrap();
+    let tx = "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM tidegate.events";
+    sqlx::raw_sql(tx).execute(&mut other).await.unwrap();
+    let hidden = of_code(&provider, "hidden-sessions").await;
+    assert!(hidden.len() == 1 && hidden[0].what.starts_with("1 sessions of other users"), "{hidden:?}");
+    assert_eq!(of_code(&provider, "held-transaction").await, []);
+    let (grant, _) = hidden[0].what.split_once("looked at: ").unwrap().1.split_once(" to see").unwrap();
+    server.psql(&database, &grant.replace("this user", &user));
+    assert_eq!(of_code(&provider, "hidden-sessions").await, []);
+    assert_eq!(of_code(&provider, "held-transaction").await.len(), 1);
+}

@@ -92,3 +92,36 @@ async fn a_user_that_may_change_no_tables_works_with_those_that_are_there() {
     provider.prune(&Retention { max_age: None, max_events: Some(0) }).await.unwrap();
     assert_eq!(provider.stats().await.unwrap().processing_events, 2);
 }
+
+/// A look changes nothing, and says what a migration would do.
+#[tokio::test]
+async fn a_look_makes_no_schema_and_says_what_is_pending() {
+    let schema = Schema::new();
+    let look = async || PostgresProvider::open_for(schema.options.clone(), Opening::AsItIs).await.map(drop);
+    let text = look().await.unwrap_err().to_string();
+    assert!(text.contains("is not made yet"), "{text}");
+    assert_eq!(schema.sql("SELECT count(*) FROM pg_namespace WHERE nspname = '{s}'"), "0");
+    schema.provider().await.close().await.unwrap();
+    look().await.unwrap();
+    schema.sql("DELETE FROM {s}.tidegate_versions");
+    let text = look().await.unwrap_err().to_string();
+    assert!(text.contains("has version 0, and this binary needs 1"), "{text}");
+    assert_eq!(schema.sql("SELECT count(*) FROM {s}.tidegate_versions"), "0");
+}
+
+#[tokio::test]
+async fn a_standby_is_refused_with_what_to_do() {
+    let both = tokio::task::spawn_blocking(|| {
+        let primary = Postgres::start(Fsync::Off);
+        let standby = primary.standby();
+        (primary, standby)
+    });
+    let (_primary, standby) = both.await.unwrap();
+    let options = Options { url: standby.url("postgres"), ..Options::default() };
+    let text = refusal(options.clone()).await;
+    assert!(text.contains("is a standby, which can only be read: name the primary"), "{text}");
+    // Once it is promoted it serves.
+    standby.psql("postgres", "SELECT pg_promote(true, 60)");
+    let provider = PostgresProvider::open(options).await.unwrap();
+    provider.append(appends(1)).await.unwrap();
+}
