@@ -28,10 +28,12 @@
 #[macro_use]
 pub mod conformance;
 mod finding;
+mod header;
 pub mod inbox;
 pub mod memory;
-mod recent;
+mod pause;
 pub mod postgres;
+mod recent;
 pub mod redis;
 pub mod rules;
 pub mod sqlite;
