@@ -31,6 +31,7 @@ mod finding;
 mod header;
 pub mod inbox;
 pub mod memory;
+pub mod nats;
 mod pause;
 pub mod postgres;
 mod recent;

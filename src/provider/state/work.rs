@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use crate::delivery::{Attempt, Delivery, Move, Next, Status, Verdict};
 use crate::event::micros;
 
 /// A delivery as it is kept. All instants are microseconds since the Unix epoch.
+#[derive(Clone, Serialize, Deserialize)]
 pub(in crate::provider) struct Work {
     /// An index into the subscriptions.
     pub(in crate::provider) subscription: usize,
@@ -30,6 +32,7 @@ pub(in crate::provider) struct Work {
     pub(in crate::provider) verdict: Option<Verdict>,
     pub(in crate::provider) error: Option<Arc<str>>,
     /// Most deliveries have one for ever.
+    #[serde(with = "super::image::attempts")]
     pub(in crate::provider) attempts: SmallVec<[Attempt; 1]>,
 }
 
