@@ -24,6 +24,7 @@ use crate::host::{Folder, Host, Reloader};
 use crate::http::{Gate, Server, Services};
 use crate::metrics::Metrics;
 use crate::provider::memory::MemoryProvider;
+use crate::provider::nats::NatsProvider;
 use crate::provider::postgres::PostgresProvider;
 use crate::provider::redis::RedisProvider;
 use crate::provider::sqlite::SqliteProvider;
@@ -140,6 +141,7 @@ pub(super) async fn open_provider(config: &Config) -> Result<Arc<dyn Examine>> {
         ProviderUrl::Sqlite => Ok(Arc::new(SqliteProvider::open(config.sqlite.clone()).await?)),
         ProviderUrl::Postgres => Ok(Arc::new(PostgresProvider::open(config.postgres.clone()).await?)),
         ProviderUrl::Redis => Ok(Arc::new(RedisProvider::open(config.redis.clone()).await?)),
+        ProviderUrl::Nats => Ok(Arc::new(NatsProvider::open(config.nats.clone()).await?)),
     }
 }
 

@@ -21,6 +21,7 @@ mod host;
 mod hooks;
 mod house;
 mod instances;
+mod nats;
 mod outbox;
 mod postgres;
 mod redis;

@@ -9,6 +9,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use serde_json::Value;
 
 use crate::support::history::History;
+use crate::support::nats::NatsServer;
 use crate::support::orders;
 use crate::support::postgres::{Fsync, Postgres};
 use crate::support::redis::RedisServer;
@@ -176,4 +177,19 @@ async fn twenty_blows_to_three_servers_on_redis_and_to_itself_lose_nothing() {
     };
     let blows = [Blow::Kill, Blow::Freeze, Blow::Kill, Blow::Store(&restart)];
     Replicas::start(folder.path(), &url).await.under(20, 5, &blows).await;
+}
+
+/// And on NATS with file storage: what it acknowledged is with the kernel, and outlives its process.
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_blows_to_three_servers_on_nats_and_to_itself_lose_nothing() {
+    let nats = NatsServer::start(&[]);
+    let (folder, url) = (tempfile::tempdir().unwrap(), nats.url());
+    let nats = Mutex::new(nats);
+    let restart = || {
+        let mut nats = nats.lock().unwrap();
+        nats.kill();
+        nats.restart();
+    };
+    let blows = [Blow::Kill, Blow::Freeze, Blow::Kill, Blow::Store(&restart)];
+    Replicas::start(folder.path(), &url).await.under(20, 6, &blows).await;
 }

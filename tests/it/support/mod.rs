@@ -2,6 +2,8 @@
 
 pub(crate) mod guests;
 pub(crate) mod history;
+pub(crate) mod instance;
+pub(crate) mod nats;
 pub(crate) mod orders;
 pub(crate) mod postgres;
 pub(crate) mod proxy;
