@@ -4,12 +4,11 @@
 //! entries. Beside the state of the log this knows where in the stream events and records stand, and what of the stream is
 //! not needed any more.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
-use smallvec::SmallVec;
 
 use super::entry::{End, Facts, Kind, Move, Part, expectation, read_event};
 use crate::error::Result;
@@ -27,7 +26,7 @@ const PATIENCE: i64 = 30_000_000;
 const KEPT: usize = 64 << 20;
 
 /// The places of the messages that a piece is.
-pub(super) type Spot = SmallVec<[u64; 1]>;
+pub(super) type Spot = Vec<u64>;
 
 /// A message of the stream.
 #[derive(Serialize, Deserialize)]
@@ -96,8 +95,8 @@ pub(super) struct Core {
     pub(super) now: i64,
     staged: BTreeMap<(u64, u64), Staged>,
     pub(super) places: BTreeMap<Seq, Place>,
-    /// Places in the stream of what nobody needs any more.
-    pub(super) gone: BTreeSet<u64>,
+    /// Places in the stream of what nobody needs any more, with the place of the message that made it so.
+    pub(super) gone: BTreeMap<u64, u64>,
     /// Below this place of the stream nothing is needed to make the state.
     pub(super) swept: u64,
     /// Whether an entry was met that this version cannot read.
@@ -118,7 +117,7 @@ pub(super) struct Saved {
     now: i64,
     state: Image,
     places: Vec<(Seq, Place)>,
-    gone: Vec<u64>,
+    gone: Vec<(u64, u64)>,
     swept: u64,
     staged: Vec<((u64, u64), Staged)>,
 }
@@ -134,7 +133,7 @@ impl Core {
             now: 0,
             staged: BTreeMap::new(),
             places: BTreeMap::new(),
-            gone: BTreeSet::new(),
+            gone: BTreeMap::new(),
             swept: 0,
             is_foreign: false,
             kept: VecDeque::new(),
@@ -156,7 +155,7 @@ impl Core {
             now: self.now,
             state: self.state.image(),
             places: self.places.iter().map(|(&seq, place)| (seq, place.clone())).collect(),
-            gone: self.gone.iter().copied().collect(),
+            gone: self.gone.iter().map(|(&place, &since)| (place, since)).collect(),
             swept: self.swept,
             staged: self.staged.iter().map(staged).collect(),
         }
@@ -200,19 +199,19 @@ impl Core {
             self.staged.retain(|_, staged| {
                 let stays = taken_in - staged.since <= PATIENCE;
                 if !stays {
-                    gone.extend(staged.parts.iter().map(|part| part.at));
+                    gone.extend(staged.parts.iter().map(|part| (part.at, message.at)));
                 }
                 stays
             });
         }
         let Some(part) = message.part else {
-            self.gone.insert(message.at);
+            self.gone.insert(message.at, message.at);
             return None;
         };
         self.now = self.now.max(part.time.unwrap_or(taken_in));
         let is_last = part.at + 1 == part.of;
         if part.until < taken_in {
-            self.gone.insert(message.at);
+            self.gone.insert(message.at, message.at);
             return is_last.then_some((part.entry, Outcome::Void));
         }
         let parts = if part.of == 1 {
@@ -226,7 +225,7 @@ impl Core {
             }
             let parts = self.staged.remove(&part.entry).map(|staged| staged.parts).unwrap_or_default();
             if !follows {
-                self.gone.extend(parts.iter().map(|part| part.at));
+                self.drop_all(parts.iter().map(|part| part.at));
                 return is_last.then_some((part.entry, Outcome::Void));
             }
             parts
@@ -282,7 +281,7 @@ impl Core {
         for (id, size, spot) in marks {
             let seq = self.state.log.seq_of(id.as_str()).filter(|seq| *seq > head && !self.places.contains_key(seq));
             let Some(seq) = seq else {
-                self.gone.extend(spot);
+                self.drop_all(spot);
                 continue;
             };
             self.places.insert(seq, Place { event: spot, records: Vec::new(), is_bare: false });
@@ -348,9 +347,9 @@ impl Core {
                     }
                 }))
             }
-            Move::Swept { below, deleted } => {
+            Move::Swept { below, seen } => {
                 self.swept = self.swept.max(below);
-                self.gone = self.gone.split_off(&deleted);
+                self.gone.retain(|&place, &mut since| place >= below || since > seen);
                 self.fresh_bytes = 0;
                 Outcome::Noted
             }
@@ -361,10 +360,16 @@ impl Core {
         Outcome::Changed(self.state.amend(amendment, self.now))
     }
 
+    /// Nobody needs these messages from here on.
+    fn drop_all(&mut self, places: impl IntoIterator<Item = u64>) {
+        let since = self.applied;
+        self.gone.extend(places.into_iter().map(|place| (place, since)));
+    }
+
     fn let_go(&mut self, places: impl IntoIterator<Item = Place>) {
         for place in places {
-            self.gone.extend(place.event);
-            self.gone.extend(place.records.into_iter().flat_map(|(_, _, spot)| spot));
+            self.drop_all(place.event);
+            self.drop_all(place.records.into_iter().flat_map(|(_, _, spot)| spot));
         }
     }
 
@@ -388,7 +393,7 @@ impl Core {
             if let Some(spot) = record {
                 match self.places.get_mut(&seq).filter(|_| matches!(answer, Settled::Done { .. })) {
                     Some(place) => place.records.push((subscription, number, spot)),
-                    None => self.gone.extend(spot),
+                    None => self.drop_all(spot),
                 }
             }
             settled.push(answer);
@@ -404,8 +409,9 @@ fn split((append, spot): (Append, Spot)) -> (Append, (EventId, usize, Spot)) {
     (append, mark)
 }
 
+/// What the heavy parts of an event take, roughly, and what it takes to remember that they are here.
 fn weight(event: &Event) -> usize {
-    event.payload.bytes().len() + 64 * event.metadata.len()
+    64 + event.payload.bytes().len() + 64 * event.metadata.len()
 }
 
 fn pieces(parts: Vec<Incoming>) -> Vec<Piece> {
@@ -418,7 +424,7 @@ fn pieces(parts: Vec<Incoming>) -> Vec<Piece> {
                 rest.extend_from_slice(&body);
             }
             None => {
-                pieces.push((Piece { kind, facts, body, spot: Spot::from_elem(at, 1) }, BytesMut::new()));
+                pieces.push((Piece { kind, facts, body, spot: vec![at] }, BytesMut::new()));
             }
         }
     }

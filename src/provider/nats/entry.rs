@@ -240,10 +240,11 @@ pub(super) enum Move {
         expect: Option<Option<u64>>,
         ttl: Option<i64>,
     },
-    /// What is below the first place of the stream is in a snapshot, and what was not needed below the second was removed.
+    /// What is below this place of the stream is in a snapshot, and what was known not to be needed of it when the message
+    /// `seen` was the last was removed.
     Swept {
         below: u64,
-        deleted: u64,
+        seen: u64,
     },
 }
 

@@ -19,6 +19,9 @@ use crate::provider::Claimed;
 /// How many messages are asked for at once.
 const AT_ONCE: usize = 64;
 
+/// The headers and the body of a piece.
+type Message = (HeaderMap, Bytes);
+
 impl Shared {
     /// These events with their payloads; `None` for one that was removed meanwhile.
     pub(super) async fn full(&self, events: Vec<Arc<Event>>) -> Result<Vec<Option<Arc<Event>>>> {
@@ -64,8 +67,7 @@ impl Shared {
         }
         let fetched =
             spots.into_iter().map(|(key, spot)| async move { self.message(&spot).await.map(|message| (key, message)) });
-        let fetched: Vec<((usize, u32), Option<(HeaderMap, Bytes)>)> =
-            stream::iter(fetched).buffer_unordered(AT_ONCE).try_collect().await?;
+        let fetched: Vec<(_, Option<Message>)> = stream::iter(fetched).buffer_unordered(AT_ONCE).try_collect().await?;
         for ((at, number), message) in fetched {
             let heavy = message.and_then(|(_, body)| serde_json::from_slice::<Heavy>(&body).ok());
             let attempts = deliveries.get_mut(at).into_iter().flat_map(|(_, delivery)| &mut delivery.attempts);
@@ -78,7 +80,7 @@ impl Shared {
     }
 
     /// The piece that stands in these messages; `None` when one is gone.
-    async fn message(&self, spot: &Spot) -> Result<Option<(HeaderMap, Bytes)>> {
+    async fn message(&self, spot: &Spot) -> Result<Option<Message>> {
         let (mut headers, mut body) = (HeaderMap::new(), BytesMut::new());
         for (at, &place) in spot.iter().enumerate() {
             let Some(message) = self.stored(place).await? else { return Ok(None) };

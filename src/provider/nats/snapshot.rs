@@ -22,9 +22,6 @@ pub(super) const EVERY: u64 = 8 << 20;
 /// What is worth a snapshot when there is an occasion: so many bytes, or messages that can be removed.
 const WORTH: (u64, usize) = (1 << 20, 1_000);
 
-/// The most messages that one sweep removes one by one.
-const ONE_BY_ONE: usize = 10_000;
-
 /// How many requests are under way at once.
 const AT_ONCE: usize = 32;
 
@@ -145,7 +142,7 @@ impl Shared {
             && self.stands(known.applied, known.stamp).await?
         {
             // Another process was faster, and is further.
-            return Ok(());
+            return self.sweep(known.applied).await;
         }
         let encoded = tokio::task::spawn_blocking(move || postcard::to_stdvec(&saved)).await;
         let encoded = encoded.ok().and_then(std::result::Result::ok);
@@ -173,17 +170,16 @@ impl Shared {
     /// Removes what is of no use below this place, which a snapshot stands for.
     async fn sweep(&self, below: u64) -> Result<()> {
         let names = &self.link.names;
-        let (event, record, gone) = {
+        let (event, record, gone, seen) = {
             let core = self.core.lock();
             let (event, record) = core.lowest(below);
-            let gone: Vec<u64> = core.gone.range(event.min(record)..below.max(event.min(record))).copied().collect();
-            (event, record, gone)
+            let gone: Vec<u64> = core.gone.range(event.min(record)..below).map(|(&place, _)| place).collect();
+            (event, record, gone, core.applied)
         };
         for (subject, bound) in [("moves", below), ("events.>", event), ("records", record)] {
             self.purge(&names.log, Some(format!("{}{subject}", names.prefix)), bound).await?;
         }
-        let deleted = gone.get(ONE_BY_ONE).copied().unwrap_or(below);
-        let deletions = gone.into_iter().take(ONE_BY_ONE).map(|place| async move {
+        let deletions = gone.into_iter().map(|place| async move {
             let subject = format!("STREAM.MSG.DELETE.{}", names.log);
             let asked = serde_json::json!({"seq": place});
             // One that is gone already is told as a refusal.
@@ -191,7 +187,7 @@ impl Shared {
             answer.map(drop).map_err(|error| self.link.failed("remove messages", &error.to_string()))
         });
         stream::iter(deletions).buffer_unordered(AT_ONCE).try_collect::<()>().await?;
-        self.announce(&Move::Swept { below, deleted }).await
+        self.announce(&Move::Swept { below, seen }).await
     }
 
     /// Removes the messages below a place, of this subject where one is given.

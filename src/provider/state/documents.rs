@@ -44,8 +44,13 @@ pub(in crate::provider) struct Change {
 }
 
 impl Shelf {
-    /// Every document with its expiry, in the order of collections and keys, and the last revision.
-    pub(in crate::provider) fn contents(&self) -> (Vec<(&str, &str, Document, Option<i64>)>, u64) {
+    /// The last revision given out.
+    pub(in crate::provider) fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// Every document with its expiry, in the order of collections and keys.
+    pub(in crate::provider) fn contents(&self) -> Vec<(&str, &str, Document, Option<i64>)> {
         let mut all: Vec<_> = self
             .collections
             .iter()
@@ -54,7 +59,7 @@ impl Shelf {
             })
             .collect();
         all.sort_unstable_by_key(|&(collection, key, ..)| (collection, key));
-        (all, self.revision)
+        all
     }
 
     /// Puts a document back as it stood.

@@ -47,7 +47,7 @@ impl State {
     /// The image of this state.
     pub(in crate::provider) fn image(&self) -> Image {
         let (pruned, erased) = self.log.past();
-        let (documents, revision) = self.shelf.contents();
+        let documents = self.shelf.contents();
         let row = |(seq, slot): (Seq, &super::log::Slot)| Row {
             seq,
             id: slot.event.id.to_string(),
@@ -65,7 +65,7 @@ impl State {
             subscriptions: self.lines.list.iter().map(|line| Arc::clone(&line.name)).collect(),
             events: self.log.after(0).map(row).collect(),
             erased: erased.iter().map(|(&seq, (id, created))| (seq, id.to_string(), *created)).collect(),
-            revision,
+            revision: self.shelf.revision(),
             documents: documents.into_iter().map(document).collect(),
         }
     }

@@ -7,8 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-#[path = "child.rs"]
-mod child;
+use super::child;
 
 /// How long a server may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
