@@ -1,6 +1,7 @@
 //! An event as a store of messages keeps it: a header of JSON beside the payload, which stays as it is.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -102,4 +103,47 @@ pub(super) fn event(
         caused_by: header.caused_by,
         depth: header.depth,
     })
+}
+
+/// How many texts are shared before it begins afresh.
+const SHARED: usize = 8_192;
+
+/// Texts that many events have, each kept once: whoever keeps events that were read one by one is spared many copies.
+#[derive(Default)]
+pub(super) struct Texts {
+    types: HashSet<EventType>,
+    names: HashSet<Arc<str>>,
+}
+
+impl Texts {
+    /// Has the event share its type and the name of its instance with the others.
+    pub(super) fn share(&mut self, event: &mut Event) {
+        if let Some(known) = self.types.get(&event.event_type) {
+            let parts = derived(known);
+            if [&event.schema, &event.entity, &event.operation].into_iter().eq(&parts) {
+                [event.schema, event.entity, event.operation] = parts;
+            }
+            event.event_type = known.clone();
+        } else {
+            make_room(&mut self.types);
+            self.types.insert(event.event_type.clone());
+        }
+        self.share_name(&mut event.instance_id);
+    }
+
+    /// The same for any name.
+    pub(super) fn share_name(&mut self, name: &mut Arc<str>) {
+        if let Some(known) = self.names.get(name) {
+            *name = Arc::clone(known);
+        } else {
+            make_room(&mut self.names);
+            self.names.insert(Arc::clone(name));
+        }
+    }
+}
+
+fn make_room<T>(texts: &mut HashSet<T>) {
+    if texts.len() >= SHARED {
+        texts.clear();
+    }
 }

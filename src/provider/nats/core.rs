@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::entry::{End, Facts, Kind, Move, Part, expectation, read_event};
 use crate::error::Result;
 use crate::event::{Event, EventId, Seq};
+use crate::provider::header::Texts;
 use crate::provider::state::{Image, State, bare};
 use crate::provider::{Amendment, Append, Appended, Claimed, Settled};
 
@@ -104,6 +105,7 @@ pub(super) struct Core {
     /// The events whose payloads are in memory, oldest first, and how many bytes those have.
     kept: VecDeque<(Seq, usize)>,
     kept_bytes: usize,
+    texts: Texts,
     /// Bytes of messages since the last snapshot.
     pub(super) fresh_bytes: u64,
 }
@@ -138,6 +140,7 @@ impl Core {
             is_foreign: false,
             kept: VecDeque::new(),
             kept_bytes: 0,
+            texts: Texts::default(),
             fresh_bytes: 0,
         }
     }
@@ -238,7 +241,10 @@ impl Core {
         for piece in pieces {
             match piece.kind {
                 Kind::Event => match read_event(&piece.facts, piece.body, None) {
-                    Some(append) => events.push_back((append, piece.spot)),
+                    Some(mut append) => {
+                        self.texts.share(&mut append.event);
+                        events.push_back((append, piece.spot));
+                    }
                     None => self.is_foreign = true,
                 },
                 Kind::Record => records.push_back(piece.spot),
@@ -384,8 +390,11 @@ impl Core {
             let own = usize::try_from(end.published).unwrap_or(usize::MAX).min(events.len());
             let (published, marks): (Vec<_>, Vec<_>) = events.drain(..own).map(split).unzip();
             let record = if end.is_heavy { records.pop_front() } else { None };
-            let settlement = end.settlement(published);
-            let number = settlement.attempt.as_ref().map_or(0, |attempt| attempt.number);
+            let mut settlement = end.settlement(published);
+            let number = settlement.attempt.as_mut().map_or(0, |attempt| {
+                self.texts.share_name(&mut attempt.worker);
+                attempt.number
+            });
             let (seq, subscription) = (settlement.key.seq, Arc::clone(&settlement.key.subscription));
             let head = self.state.log.head;
             let answer = self.state.settle(settlement, self.now);

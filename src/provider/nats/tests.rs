@@ -438,3 +438,64 @@ async fn durability_is_what_the_storage_means_unless_it_is_said() {
     let memory = Options { storage: Storage::Memory, ..Place::new().options() };
     assert_eq!(of(memory).await, Durability::Process);
 }
+
+/// Processes of different versions read each other's entries and snapshots: another layout is another format, and has its own
+/// number.
+#[test]
+fn the_layout_of_entries_and_snapshots_is_that_of_format_1() {
+    use sha2::Digest as _;
+
+    let at = |number: u64| (number as i64) * 1_000_000_000;
+    let mut core = Core::new(0);
+    let mut count = 0;
+    let mut entries = Vec::new();
+    let mut apply = |pieces: Vec<entry::Piece>| {
+        let of = pieces.len() as u32;
+        for (place, piece) in pieces.into_iter().enumerate() {
+            count += 1;
+            let entry = (1, count - place as u64);
+            let part = entry::Part { entry, at: place as u32, of, kind: piece.kind, until: i64::MAX, time: None };
+            entries.extend_from_slice(part.write().as_bytes());
+            entries.extend_from_slice(&piece.body);
+            let facts = entry::Facts::read(&piece.headers);
+            let message = core::Incoming { at: count, stamp: at(count), part: Some(part), facts, body: piece.body };
+            core.apply(message);
+        }
+    };
+    apply(vec![Move::Begin { epoch: "e".to_owned(), format: core::FORMAT, after: 0 }.piece()]);
+    let mut fixed = event("{\"a\":1}");
+    fixed.id = "order-1".parse().unwrap();
+    fixed.created_at = crate::event::micros(5);
+    fixed.metadata.insert("m".to_owned(), 1.into());
+    let append = |id: &str| {
+        let event = Event { id: id.parse().unwrap(), ..fixed.clone() };
+        Append { event, subscriptions: [Arc::from("s"), Arc::from("t")].into() }
+    };
+    apply(["order-1", "order-2", "order-3"].map(|id| entry::event_piece(&append(id))).into());
+    let want = |name: &str| Want { subscription: name.into(), room: 2, ordering: Turn::Key };
+    let request = ClaimRequest { worker: "w".into(), lease: Duration::from_secs(9), wants: vec![want("s")] };
+    apply(vec![Move::claim(&request, 7).piece()]);
+    // SplitMix64 of 7: the tokens that every version gives.
+    let tokens = [7_191_089_600_892_374_487, 309_689_372_594_955_804];
+    let key = |seq: u64| LeaseKey { seq, subscription: "s".into(), token: tokens[seq as usize - 1] };
+    let settlement = |seq: u64, next: Next| {
+        let attempt = rules::lost_attempt(1, "w".into(), crate::event::micros(0), crate::event::micros(9));
+        Settlement { key: key(seq), next, attempt: Some(attempt), published: Vec::new(), writes: Vec::new() }
+    };
+    let mut success = settlement(1, Next::Complete);
+    success.published = vec![append("order-4")];
+    let (mut pieces, last) = Move::settle(vec![success, settlement(2, Next::Retry { after: Duration::from_secs(1) })]);
+    pieces.push(last.piece());
+    apply(pieces);
+    apply(vec![Move::document("c", "k", Some("v".into()), Expect::Absent, Some(Duration::from_secs(60))).piece()]);
+    apply(vec![Move::amend(Amendment::Erase { id: "order-3".to_owned() }).piece()]);
+    assert_eq!((core.state.log.events.pending, core.state.log.events.processing, core.state.log.head), (1, 2, 4));
+    let digest =
+        |bytes: &[u8]| sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let snapshot = postcard::to_stdvec(&core.save()).unwrap();
+    let known = [
+        "efef71aa1239bd14a7b62e4435ebb3dd3b88a69c1fcc8772f4b79c29a2299fb1",
+        "840c673e6df5c8628526d89d1a0430ef4af0dc0131228c189b6e652b1f755e45",
+    ];
+    assert_eq!([digest(&entries), digest(&snapshot)], known);
+}

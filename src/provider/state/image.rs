@@ -10,7 +10,8 @@ use super::State;
 use super::work::Work;
 use crate::delivery::Status;
 use crate::event::{Event, EventId, EventType, Seq};
-use crate::provider::{Document, header};
+use crate::provider::Document;
+use crate::provider::header::{self, Texts};
 
 /// A state as data. Payloads and metadata of events are not part of it.
 #[derive(Serialize, Deserialize)]
@@ -80,10 +81,13 @@ impl State {
         let erased: Option<BTreeMap<_, _>> =
             erased.map(|(seq, id, created)| Some((seq, (EventId::parse(&id).ok()?, created)))).collect();
         state.log.resume(image.head, image.pruned, erased?);
-        for row in image.events {
+        let mut texts = Texts::default();
+        for mut row in image.events {
             let (id, event_type) = (EventId::parse(&row.id).ok()?, EventType::parse(&row.event_type).ok()?);
-            let event = header::event(&row.header, id, event_type, Bytes::new(), Some(row.seq))?;
-            for work in &row.works {
+            let mut event = header::event(&row.header, id, event_type, Bytes::new(), Some(row.seq))?;
+            texts.share(&mut event);
+            for work in &mut row.works {
+                work.attempts.iter_mut().for_each(|attempt| texts.share_name(&mut attempt.worker));
                 let line = state.lines.get(work.subscription)?;
                 match work.status {
                     Status::Pending => line.wait(row.seq, work.due, now),

@@ -9,7 +9,8 @@ use smallvec::SmallVec;
 use crate::delivery::{Attempt, Delivery, Move, Next, Status, Verdict};
 use crate::event::micros;
 
-/// A delivery as it is kept. All instants are microseconds since the Unix epoch.
+/// A delivery as it is kept. All instants are microseconds since the Unix epoch. The layout of snapshots follows from the
+/// fields and their order.
 #[derive(Clone, Serialize, Deserialize)]
 pub(in crate::provider) struct Work {
     /// An index into the subscriptions.
