@@ -17,7 +17,7 @@ pub(super) struct Flags {
     /// Where HTTP is served [default: 127.0.0.1:7700]
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<String>,
-    /// The store: memory:, sqlite://PATH, postgres://USER:PASSWORD@HOST/DATABASE or redis://HOST [default: sqlite://tidegate.db]
+    /// The store: memory:, sqlite://PATH, postgres://USER:PASSWORD@HOST/DATABASE, redis://HOST or nats://HOST [default: sqlite://tidegate.db]
     #[arg(long, value_name = "URL")]
     provider: Option<String>,
     /// The folder whose *.wasm files are the plugins, followed while the server runs [default: no plugins]

@@ -25,6 +25,7 @@ use crate::http::{Gate, Server, Services};
 use crate::metrics::Metrics;
 use crate::provider::finding::Opening;
 use crate::provider::memory::MemoryProvider;
+use crate::provider::nats::NatsProvider;
 use crate::provider::postgres::PostgresProvider;
 use crate::provider::redis::RedisProvider;
 use crate::provider::sqlite::SqliteProvider;
@@ -141,6 +142,7 @@ pub(super) async fn open_provider(config: &Config, opening: Opening) -> crate::R
         ProviderUrl::Sqlite => Ok(Arc::new(SqliteProvider::open_for(config.sqlite.clone(), opening).await?)),
         ProviderUrl::Postgres => Ok(Arc::new(PostgresProvider::open_for(config.postgres.clone(), opening).await?)),
         ProviderUrl::Redis => Ok(Arc::new(RedisProvider::open_for(config.redis.clone(), opening).await?)),
+        ProviderUrl::Nats => Ok(Arc::new(NatsProvider::open_for(config.nats.clone(), opening).await?)),
     }
 }
 

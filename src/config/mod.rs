@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::provider::{memory, postgres, redis, sqlite};
+use crate::provider::{memory, nats, postgres, redis, sqlite};
 use crate::{broker, host, http, metrics};
 
 pub use tree::Setting;
@@ -31,7 +31,8 @@ pub struct Config {
     pub enabled: bool,
     /// Where HTTP is served.
     pub listen: SocketAddr,
-    /// The store, as a URL: `memory:`, `sqlite://PATH`, `postgres://USER:PASSWORD@HOST/DATABASE` or `redis://HOST`.
+    /// The store, as a URL: `memory:`, `sqlite://PATH`, `postgres://USER:PASSWORD@HOST/DATABASE`, `redis://HOST` or
+    /// `nats://HOST`.
     pub provider: String,
     /// Names this process; empty for the host's name. `${NAME}` is replaced by that environment variable.
     pub instance_id: String,
@@ -51,6 +52,8 @@ pub struct Config {
     pub postgres: postgres::Options,
     /// The store in a Redis server.
     pub redis: redis::Options,
+    /// The store in a NATS server.
+    pub nats: nats::Options,
     /// What runs plugins.
     pub host: host::Options,
     /// What each plugin is granted and configured with, by its name.
@@ -105,6 +108,7 @@ impl Default for Config {
             sqlite: sqlite::Options::default(),
             postgres: postgres::Options::default(),
             redis: redis::Options::default(),
+            nats: nats::Options::default(),
             host: host::Options::default(),
             plugins: BTreeMap::new(),
         }
@@ -135,6 +139,8 @@ pub enum ProviderUrl {
     Postgres,
     /// `redis://HOST`, or `rediss://HOST` for TLS.
     Redis,
+    /// `nats://HOST`, or `tls://HOST` for TLS.
+    Nats,
 }
 
 impl ProviderUrl {
@@ -143,8 +149,7 @@ impl ProviderUrl {
     /// # Errors
     /// [`Error::Invalid`] naming `provider`: an unknown scheme, one that this version does not serve, or no path.
     pub fn parse(url: &str) -> Result<Self> {
-        let served =
-            "this version serves memory:, sqlite://PATH, postgres://USER:PASSWORD@HOST/DATABASE and redis://HOST";
+        let served = "this version serves memory:, sqlite://PATH, postgres://USER:PASSWORD@HOST/DATABASE, redis://HOST and nats://HOST";
         let refuse = |reason: String| Err(Error::invalid("provider", secrets::without_password(url), reason));
         let (scheme, rest) = url.split_once(':').unwrap_or((url, ""));
         match (scheme, rest.strip_prefix("//").unwrap_or(rest)) {
@@ -163,12 +168,10 @@ impl ProviderUrl {
                  postgres://USER:PASSWORD@HOST/DATABASE"
                     .to_owned(),
             ),
-            ("redis" | "rediss", "") => refuse(format!("names no server: write {scheme}://HOST:PORT")),
-            ("redis" | "rediss", rest) if url.len() == scheme.len() + 3 + rest.len() => Ok(Self::Redis),
-            ("redis" | "rediss", _) => refuse(format!("must be {scheme}://HOST:PORT")),
-            ("nats", _) => {
-                refuse(format!("provider {scheme} is not served; {served}"))
-            }
+            ("redis" | "rediss" | "nats" | "tls", "") => refuse(format!("names no server: write {scheme}://HOST:PORT")),
+            ("redis" | "rediss", _) if rest.starts_with("//") => Ok(Self::Redis),
+            ("nats" | "tls", _) if rest.starts_with("//") => Ok(Self::Nats),
+            ("redis" | "rediss" | "nats" | "tls", _) => refuse(format!("must be {scheme}://HOST:PORT")),
             _ => refuse(format!("unknown provider: {scheme}; {served}")),
         }
     }
@@ -229,6 +232,7 @@ impl Config {
         config.sqlite.url.clone_from(&config.provider);
         config.postgres.url.clone_from(&config.provider);
         config.redis.url.clone_from(&config.provider);
+        config.nats.url.clone_from(&config.provider);
         config.host.plugins.clone_from(&config.plugins);
         config.host.max_payload = config.limits.max_payload.as_u64();
         config.host.user_cache = sources.user_cache();

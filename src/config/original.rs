@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use super::tree;
 use crate::broker::Mode;
 use crate::error::{Error, Result};
+use crate::provider::nats::Storage;
 
 /// The one key of the file.
 const ROOT: &str = "event_broker";
@@ -27,8 +28,7 @@ struct Original {
     instance_id: String,
     retry_policy: Retry,
     redis: Option<Redis>,
-    #[serde(rename = "nats")]
-    _nats: Option<Nats>,
+    nats: Option<Nats>,
     database: Option<Database>,
 }
 
@@ -43,7 +43,7 @@ impl Default for Original {
             instance_id: String::new(),
             retry_policy: Retry::default(),
             redis: None,
-            _nats: None,
+            nats: None,
             database: None,
         }
     }
@@ -119,15 +119,35 @@ impl Redis {
     }
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Nats {
     url: String,
     stream_name: String,
     subjects: Vec<String>,
-    storage: String,
-    #[serde(with = "friendly::required")]
-    max_age: Duration,
+    storage: Storage,
+    #[serde(with = "friendly::optional")]
+    max_age: Option<Duration>,
+}
+
+impl Default for Nats {
+    fn default() -> Self {
+        Self {
+            url: "nats://localhost:4222".to_owned(),
+            stream_name: "RESOLVESPEC_EVENTS".to_owned(),
+            subjects: Vec::new(),
+            storage: Storage::File,
+            max_age: None,
+        }
+    }
+}
+
+impl Nats {
+    fn table(&self) -> Value {
+        let max_age = self.max_age.map(|age| format!("{}us", age.as_micros()));
+        let Self { stream_name, subjects, storage, .. } = self;
+        json!({"namespace": stream_name, "subjects": subjects, "storage": storage, "max_age": max_age})
+    }
 }
 
 /// The table and the channel are the original's own: ours have other names, in a schema of their own.
@@ -156,13 +176,19 @@ pub(super) fn translate(mut root: Map<String, Value>) -> Result<Value> {
     let original: Original = tree::read(section, &[], None).map_err(|error| super::within(ROOT, error))?;
     let poll = original.database.and_then(|database| database.poll_interval).filter(|every| !every.is_zero());
     let postgres = poll.map_or_else(|| json!({}), |every| json!({"poll_interval": format!("{}us", every.as_micros())}));
-    let is_redis = original.provider == "redis";
-    let redis = is_redis.then(|| original.redis.unwrap_or_default());
+    let redis = (original.provider == "redis").then(|| original.redis.unwrap_or_default());
+    let nats = (original.provider == "nats").then(|| original.nats.unwrap_or_default());
+    let provider = match (&redis, &nats) {
+        (Some(redis), _) => redis.url(),
+        (_, Some(nats)) => nats.url.clone(),
+        _ => provider(&original.provider)?,
+    };
     Ok(json!({
         "postgres": postgres,
         "enabled": original.enabled,
-        "provider": redis.as_ref().map_or_else(|| provider(&original.provider), |redis| Ok(redis.url()))?,
+        "provider": provider,
         "redis": redis.as_ref().map_or_else(|| json!({}), Redis::table),
+        "nats": nats.as_ref().map_or_else(|| json!({}), Nats::table),
         "instance_id": original.instance_id,
         "broker": {
             "mode": original.mode,
@@ -176,7 +202,7 @@ pub(super) fn translate(mut root: Map<String, Value>) -> Result<Value> {
 /// The URL of a store that the original knew by name. Whether it is served is not decided here.
 fn provider(name: &str) -> Result<String> {
     match name {
-        "memory" | "nats" | "database" => Ok(format!("{name}:")),
+        "memory" | "database" => Ok(format!("{name}:")),
         other => Err(Error::invalid("event_broker.provider", other, format!("unknown provider: {other}"))),
     }
 }

@@ -88,15 +88,31 @@ fn the_original_brokers_redis_is_ours() {
     assert_eq!(own.redis.durability, Some(crate::provider::Durability::Storage));
 }
 
+/// BEHAVIOURS F8, E10.
+#[test]
+fn the_original_brokers_nats_is_ours() {
+    let config = load(".yaml", &ORIGINAL.replace("provider: memory", "provider: nats"), &[]).unwrap();
+    assert_eq!((config.provider.as_str(), &config.nats.url), ("nats://localhost:4222", &config.provider));
+    assert_eq!((config.nats.namespace.as_str(), config.nats.storage), ("RESOLVESPEC_EVENTS", nats::Storage::File));
+    assert_eq!((config.nats.subjects.len(), config.nats.max_age.map(|age| age.as_secs())), (1, Some(86_400)));
+    let short = load(".yaml", "event_broker: {provider: nats, nats: {storage: memory}}\n", &[]).unwrap();
+    assert_eq!((short.provider.as_str(), short.nats.storage), ("nats://localhost:4222", nats::Storage::Memory));
+    let own = "provider = \"tls://app:hunter2@db:1?namespace=x\"\n[nats]\ntoken = \"hunter2\"\nmax_bytes = \"1 GB\"";
+    let own = load(".toml", own, &[]).unwrap();
+    assert!(!own.to_toml().unwrap().contains("hunter2"), "{}", own.to_toml().unwrap());
+    assert_eq!(own.nats.max_bytes.map(|bytes| bytes.as_u64()), Some(1_000_000_000));
+    assert!(refused(".yaml", "event_broker: {provider: nats, nats: {storage: tape}}", &[]).contains("storage"));
+}
+
 /// BEHAVIOURS F8.
 #[test]
 fn a_provider_that_is_not_served_is_named() {
     let with = |name: &str| refused(".yaml", &ORIGINAL.replace("provider: memory", &format!("provider: {name}")), &[]);
     assert!(with("kafka").contains("unknown provider: kafka"));
-    let error = with("nats");
-    assert!(error.contains("provider nats is not served") && error.contains("sqlite://PATH"), "{error}");
     for (url, words) in [
-        ("nats://app:hunter2@db/x", "nats is not served"),
+        ("amqp://app:hunter2@db/x", "unknown provider: amqp; this version serves memory:, sqlite://PATH"),
+        ("nats:", "names no server"),
+        ("tls:localhost", "must be tls://HOST"),
         ("postgres:app", "must be postgres://USER"),
         ("postgresql://", "names no server"),
         ("kafka://x", "unknown provider: kafka"),

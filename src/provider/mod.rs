@@ -27,11 +27,17 @@
 #[expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a claim that does not hold ends in a panic")]
 #[macro_use]
 pub mod conformance;
+#[cfg(test)]
+#[path = "../../tests/it/support/child.rs"]
+mod child;
 pub(crate) mod finding;
+mod header;
 pub mod inbox;
 pub mod memory;
-mod recent;
+pub mod nats;
+mod pause;
 pub mod postgres;
+mod recent;
 pub mod redis;
 pub mod rules;
 pub mod sqlite;

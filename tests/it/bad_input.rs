@@ -274,22 +274,21 @@ fn bad_configurations_and_components_are_refused_by_name() {
     let kind = file("kind.toml", b"[broker]\nworker_count = \"three\"\n");
     let broken = file("broken.toml", b"[broker\n");
     let original = file("original.yaml", b"event_broker:\n  enabled: true\n  provider: kafka\n");
-    let nats = file("nats.yaml", b"event_broker:\n  enabled: true\n  provider: nats\n");
+    let nats = b"event_broker:\n  enabled: true\n  provider: nats\n  nats: {storage: tape}\n";
+    let nats = file("nats.yaml", nats);
     let grants = file("grants.toml", b"[plugins.mailer]\ngrants = { buckets = [\"a\"] }\n");
     let (text, module, empty) =
         (file("text.wasm", b"hello"), file("module.wasm", b"\0asm\x01\0\0\0"), file("empty.wasm", b""));
     let component = file("bare.wasm", b"\0asm\x0d\0\x01\0");
-    let rows: [(&[&str], i32, &str); 21] = [
+    let rows: [(&[&str], i32, &str); 23] = [
         (&["config", "--config", &typo], 2, "broker.worker_cuont: is not a setting; did you mean worker_count?"),
         (&["config", "--config", &kind], 2, "broker.worker_count"),
         (&["config", "--config", &broken], 2, "is not TOML"),
         (&["config", "--config", "missing.toml"], 2, "missing.toml"),
         (&["config", "--config", &original], 2, "unknown provider: kafka"),
-        (
-            &["serve", "--config", &nats],
-            2,
-            "provider nats is not served; this version serves memory:, sqlite://PATH, postgres://USER:PASSWORD@HOST/DATABASE and redis://HOST",
-        ),
+        (&["serve", "--config", &nats], 2, "event_broker.nats.storage"),
+        (&["serve", "--provider", "nats://", "--listen", "127.0.0.1:0"], 2, "names no server"),
+        (&["serve", "--provider", "nats://127.0.0.1:1", "--listen", "127.0.0.1:0"], 1, "nats://127.0.0.1:1"),
         (&["serve", "--provider", "redis://", "--listen", "127.0.0.1:0"], 2, "names no server"),
         (&["serve", "--provider", "redis://127.0.0.1:1", "--listen", "127.0.0.1:0"], 1, "redis://127.0.0.1:1"),
         (&["config", "--config", &grants], 2, "buckets"),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tidegate::event::{Seq, UserId};
 use tidegate::feed::{Filter, Frame, Position, Request, Subscriber};
 use tidegate::provider::memory::{self, MemoryProvider};
+use tidegate::provider::nats::{self, NatsProvider};
 use tidegate::provider::postgres::{self, PostgresProvider};
 use tidegate::provider::redis::{self, RedisProvider};
 use tidegate::provider::sqlite::{self, SqliteProvider};
@@ -15,6 +16,7 @@ use tidegate::{Error, Event, Feed, Metrics, Payload, Source};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use crate::support::nats::NatsServer;
 use crate::support::postgres::Postgres;
 use crate::support::redis::RedisServer;
 use crate::support::tapped::Tapped;
@@ -52,6 +54,10 @@ impl Place {
         Self { provider: redis_at(&fresh_redis()).await, folder: None }
     }
 
+    async fn nats() -> Self {
+        Self { provider: nats_at(&fresh_nats()).await, folder: None }
+    }
+
     async fn add(&self, count: usize) {
         add(&*self.provider, count).await;
     }
@@ -79,6 +85,19 @@ fn fresh_redis() -> String {
 async fn redis_at(url: &str) -> Arc<dyn Provider> {
     let options = redis::Options { url: url.to_owned(), ..redis::Options::default() };
     Arc::new(RedisProvider::open(options).await.unwrap())
+}
+
+/// The same on the one NATS server of this process.
+fn fresh_nats() -> String {
+    static SERVER: OnceLock<NatsServer> = OnceLock::new();
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let server = SERVER.get_or_init(|| NatsServer::start(&[]));
+    format!("{}?namespace=feed-{}", server.url(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+async fn nats_at(url: &str) -> Arc<dyn Provider> {
+    let options = nats::Options { url: url.to_owned(), ..nats::Options::default() };
+    Arc::new(NatsProvider::open(options).await.unwrap())
 }
 
 fn event(event_type: &str) -> Event {
@@ -517,6 +536,12 @@ macro_rules! on_every_store {
                 super::$claim(super::Place::redis().await).await;
             })+
         }
+        mod nats_store {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $claim() {
+                super::$claim(super::Place::nats().await).await;
+            })+
+        }
         mod sqlite_store {
             $(#[tokio::test(flavor = "multi_thread")]
             async fn $claim() {
@@ -560,11 +585,53 @@ async fn clients_of_two_instances_on_one_redis_see_the_same() {
     both_see_the_same(&redis_at(&url).await, &redis_at(&url).await).await;
 }
 
-/// FLUSHALL makes a log anew: one reset for each client, whatever it had read, and then what is new.
+/// The same where it is a NATS server.
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_of_two_instances_on_one_nats_see_the_same() {
+    let url = fresh_nats();
+    both_see_the_same(&nats_at(&url).await, &nats_at(&url).await).await;
+}
+
+/// FLUSHALL makes a log anew.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flushed_redis_is_one_reset_and_the_feed_goes_on() {
     let server = RedisServer::start(&["--appendonly", "no"]);
-    let provider = redis_at(&server.url()).await;
+    let flush = ::redis::Client::open(server.url()).unwrap();
+    one_reset(redis_at(&server.url()).await, async || {
+        ::redis::cmd("FLUSHALL")
+            .exec_async(&mut flush.get_multiplexed_async_connection().await.unwrap())
+            .await
+            .unwrap();
+    })
+    .await;
+}
+
+/// So does deleting the stream.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_stream_is_one_reset_and_the_feed_goes_on() {
+    let server = NatsServer::start(&[]);
+    let client = async_nats::connect(server.url()).await.unwrap();
+    one_reset(nats_at(&server.url()).await, async || {
+        async_nats::jetstream::new(client.clone()).delete_stream("tidegate-default").await.unwrap();
+    })
+    .await;
+}
+
+/// And so does emptying it, for a process that comes then and for those that were there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purged_stream_is_one_reset_and_the_feed_goes_on() {
+    let server = NatsServer::start(&[]);
+    let client = async_nats::connect(server.url()).await.unwrap();
+    one_reset(nats_at(&server.url()).await, async || {
+        let stream = async_nats::jetstream::new(client.clone()).get_stream("tidegate-default").await.unwrap();
+        stream.purge().await.unwrap();
+        nats_at(&server.url()).await.close().await.unwrap();
+    })
+    .await;
+}
+
+/// A log that is made anew is one reset for each client, whatever it had read, and then what is new.
+async fn one_reset(provider: Arc<dyn Provider>, empty: impl AsyncFn()) {
     let running = Running::over(&provider);
     add(&*provider, 5).await;
     let mut clients = [running.at(Position::Beginning).await, running.at(Position::Latest).await];
@@ -573,8 +640,7 @@ async fn a_flushed_redis_is_one_reset_and_the_feed_goes_on() {
     for client in &mut clients {
         assert_eq!(next(client).await, seqs(6..=6));
     }
-    let flush = ::redis::Client::open(server.url()).unwrap();
-    ::redis::cmd("FLUSHALL").exec_async(&mut flush.get_multiplexed_async_connection().await.unwrap()).await.unwrap();
+    empty().await;
     for client in &mut clients {
         assert_eq!(next(client).await, [Told::Reset(1)]);
     }

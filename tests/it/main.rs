@@ -22,6 +22,7 @@ mod host;
 mod hooks;
 mod house;
 mod instances;
+mod nats;
 mod outbox;
 mod postgres;
 mod redis;

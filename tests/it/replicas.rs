@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tidegate::host::component::embed_manifest;
 
 use crate::support::history::History;
+use crate::support::nats::NatsServer;
 use crate::support::orders;
 use crate::support::postgres::{Fsync, Postgres};
 use crate::support::redis::RedisServer;
@@ -180,6 +181,21 @@ async fn twenty_blows_to_three_servers_on_redis_and_to_itself_lose_nothing() {
     Replicas::start(folder.path(), &url).await.under(20, 5, &blows).await;
 }
 
+/// And on NATS with file storage: what it acknowledged is with the kernel, and outlives its process.
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_blows_to_three_servers_on_nats_and_to_itself_lose_nothing() {
+    let nats = NatsServer::start(&[]);
+    let (folder, url) = (tempfile::tempdir().unwrap(), nats.url());
+    let nats = Mutex::new(nats);
+    let restart = || {
+        let mut nats = nats.lock().unwrap();
+        nats.kill();
+        nats.restart();
+    };
+    let blows = [Blow::Kill, Blow::Freeze, Blow::Kill, Blow::Store(&restart)];
+    Replicas::start(folder.path(), &url).await.under(20, 6, &blows).await;
+}
+
 /// Three servers with two subscriptions each that overlap: every event goes to both subscriptions, and for each to one
 /// server only.
 async fn each_event_goes_to_one_server_per_subscription(provider: &str) {
@@ -232,4 +248,10 @@ async fn each_event_goes_to_one_of_three_servers_per_subscription_on_postgresql(
 async fn each_event_goes_to_one_of_three_servers_per_subscription_on_redis() {
     let redis = RedisServer::start(&[]);
     each_event_goes_to_one_server_per_subscription(&redis.url()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_event_goes_to_one_of_three_servers_per_subscription_on_nats() {
+    let nats = NatsServer::start(&[]);
+    each_event_goes_to_one_server_per_subscription(&nats.url()).await;
 }

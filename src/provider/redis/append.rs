@@ -10,7 +10,7 @@ use super::{RedisProvider, row};
 use crate::delivery::Status;
 use crate::error::Result;
 use crate::event::Event;
-use crate::provider::{Append, Appended};
+use crate::provider::{Append, Appended, header};
 
 static PUBLISH: Script = Script::new(concat!(
     include_str!("lua/prelude.lua"),
@@ -74,7 +74,7 @@ pub(super) fn write_event(event: &Event, place: usize, command: &mut Cmd) {
         Some(key) => command.arg(format!("={key}")),
         None => command.arg(""),
     };
-    command.arg(row::header(event)).arg(&event.payload.bytes()[..]).arg(place);
+    command.arg(header::header(event)).arg(&event.payload.bytes()[..]).arg(place);
 }
 
 impl RedisProvider {

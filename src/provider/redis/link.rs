@@ -17,9 +17,7 @@ use tokio::time::Instant;
 
 use super::open::Place;
 use crate::error::{Error, Result};
-
-/// The pause after a connection could not be made: at first, and at most.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+use crate::provider::pause::pause;
 
 /// How long to leave a server alone that is loading its data.
 const LOADING: Duration = Duration::from_millis(100);
@@ -304,9 +302,4 @@ async fn within<T>(bound: Duration, work: impl Future<Output = redis::RedisResul
         let words = format!("no connection within {bound:?} (redis.connect_timeout)");
         Err(std::io::Error::new(std::io::ErrorKind::TimedOut, words).into())
     })
-}
-
-/// The pause after so many failures and one more.
-pub(super) fn pause(failures: u32) -> Duration {
-    PAUSES.0.saturating_mul(1 << failures.min(10)).min(PAUSES.1)
 }

@@ -8,8 +8,9 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use tokio::sync::watch;
 
-use super::link::{Link, pause};
+use super::link::Link;
 use crate::error::Error;
+use crate::provider::pause::pause;
 
 /// How often a quiet connection is tried, and how long the answer may take.
 const TRY_EVERY: Duration = Duration::from_secs(15);

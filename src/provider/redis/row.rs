@@ -2,16 +2,14 @@
 //!
 //! The layouts of records are those that the scripts pack; all numbers are little-endian.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 
 use redis::Value;
-use serde::{Deserialize, Serialize};
 
 use crate::delivery::{Attempt, Delivery, Status};
 use crate::error::{Error, Result};
-use crate::event::{Event, EventId, EventType, Metadata, Payload, Seq, Source, UserId, micros};
-use crate::provider::rules;
+use crate::event::{Event, EventId, EventType, Seq, micros};
+use crate::provider::{header, rules};
 
 /// What cannot be read.
 pub(super) fn broken(what: &str) -> Error {
@@ -100,70 +98,6 @@ impl<'a> Record<'a> {
     }
 }
 
-/// All of an event but its id, type and payload, as JSON.
-#[derive(Serialize, Deserialize)]
-struct Header<'a> {
-    source: Source,
-    #[serde(rename = "at")]
-    created_at: i64,
-    instance: Arc<str>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    key: Option<Arc<str>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    user: Option<UserId>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    session: Option<Arc<str>>,
-    /// Schema, entity and operation, where they are not what the type says.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    parts: Option<[Option<Arc<str>>; 3]>,
-    #[serde(default, skip_serializing_if = "is_empty")]
-    metadata: Cow<'a, Metadata>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    trace: Option<Arc<str>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    caused_by: Option<EventId>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    content_type: Option<Cow<'a, str>>,
-    #[serde(default, skip_serializing_if = "is_zero")]
-    depth: u32,
-}
-
-fn is_empty(metadata: &Metadata) -> bool {
-    metadata.is_empty()
-}
-
-fn is_zero(depth: &u32) -> bool {
-    *depth == 0
-}
-
-fn derived(event_type: &EventType) -> [Option<Arc<str>>; 3] {
-    event_type.parts().cloned().map(|parts| parts.map(Some)).unwrap_or_default()
-}
-
-/// The header of an event.
-pub(super) fn header(event: &Event) -> Vec<u8> {
-    let parts = [&event.schema, &event.entity, &event.operation];
-    let is_derived = match event.event_type.parts() {
-        Some(derived) => derived.iter().zip(parts).all(|(one, other)| other.as_ref() == Some(one)),
-        None => parts.iter().all(|part| part.is_none()),
-    };
-    let header = Header {
-        source: event.source,
-        created_at: event.created_at.as_microsecond(),
-        instance: Arc::clone(&event.instance_id),
-        key: event.key.clone(),
-        user: event.user_id.clone(),
-        session: event.session_id.clone(),
-        parts: (!is_derived).then(|| parts.map(Clone::clone)),
-        metadata: Cow::Borrowed(&event.metadata),
-        trace: event.trace_parent.clone(),
-        caused_by: event.caused_by.clone(),
-        content_type: (!event.payload.is_json()).then(|| event.payload.content_type().into()),
-        depth: event.depth,
-    };
-    serde_json::to_vec(&header).unwrap_or_default()
-}
-
 /// An entry of the log: its seq, and the event.
 pub(super) fn entry(value: Value) -> Result<(Seq, Arc<Event>)> {
     read_entry(value).ok_or_else(|| broken("an event"))
@@ -184,30 +118,7 @@ fn read_entry(value: Value) -> Option<(Seq, Arc<Event>)> {
             _ => {}
         }
     }
-    let event_type = event_type?;
-    let json = json?;
-    let header: Header<'_> = serde_json::from_slice(&json).ok()?;
-    let [schema, entity, operation] = header.parts.unwrap_or_else(|| derived(&event_type));
-    let content_type = header.content_type.as_deref().unwrap_or(crate::event::JSON);
-    let event = Event {
-        id: id?,
-        seq: Some(seq),
-        source: header.source,
-        event_type,
-        payload: Payload::stored(content_type, payload?.into()),
-        user_id: header.user,
-        session_id: header.session,
-        instance_id: header.instance,
-        schema,
-        entity,
-        operation,
-        key: header.key,
-        created_at: micros(header.created_at),
-        metadata: header.metadata.into_owned(),
-        trace_parent: header.trace,
-        caused_by: header.caused_by,
-        depth: header.depth,
-    };
+    let event = header::event(&json?, id?, event_type?, payload?.into(), Some(seq))?;
     Some((seq, Arc::new(event)))
 }
 

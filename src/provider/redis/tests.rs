@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use super::*;
+use crate::provider::child;
 use crate::provider::conformance::Fixture;
 
 #[path = "../../../tests/it/support/redis.rs"]

@@ -44,6 +44,41 @@ pub(in crate::provider) struct Change {
 }
 
 impl Shelf {
+    /// The last revision given out.
+    pub(in crate::provider) fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// Every document with its expiry, in the order of collections and keys.
+    pub(in crate::provider) fn contents(&self) -> Vec<(&str, &str, Document, Option<i64>)> {
+        let mut all: Vec<_> = self
+            .collections
+            .iter()
+            .flat_map(|(collection, documents)| {
+                documents.iter().map(|(key, entry)| (&**collection, &**key, entry.document(), entry.expires))
+            })
+            .collect();
+        all.sort_unstable_by_key(|&(collection, key, ..)| (collection, key));
+        all
+    }
+
+    /// Puts a document back as it stood.
+    pub(in crate::provider) fn restore(
+        &mut self,
+        collection: String,
+        key: String,
+        document: Document,
+        expires: Option<i64>,
+    ) {
+        let entry = Entry { value: document.value, revision: document.revision, expires };
+        self.collections.entry(collection).or_default().insert(key, entry);
+    }
+
+    /// Goes on from this revision.
+    pub(in crate::provider) fn resume(&mut self, revision: u64) {
+        self.revision = revision;
+    }
+
     fn live(&self, collection: &str, key: &str, now: i64) -> Option<&Entry> {
         self.collections.get(collection)?.get(key).filter(|entry| entry.is_live(now))
     }

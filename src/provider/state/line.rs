@@ -130,4 +130,9 @@ impl Line {
         let end = self.leases.peek().map(|&Reverse((end, ..))| end);
         due.into_iter().chain(end).min()
     }
+
+    /// As [`next_time`](Self::next_time), and the beginning of time when something may be ready already.
+    pub(in crate::provider) fn next_time_or_ready(&self) -> Option<i64> {
+        if self.ready.is_empty() { self.next_time() } else { Some(i64::MIN) }
+    }
 }

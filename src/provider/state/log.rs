@@ -142,6 +142,41 @@ impl Log {
         recent.filter_map(move |(offset, slot)| slot.as_deref().map(|slot| (first + offset as Seq, slot))).chain(older)
     }
 
+    /// Puts another form of the same event in its place.
+    pub(in crate::provider) fn replace(&mut self, event: Arc<Event>) {
+        if let Some(slot) = event.seq.and_then(|seq| self.get_mut(seq)) {
+            slot.event = event;
+        }
+    }
+
+    /// The highest seq that is gone, and the erased events by seq: their ids, and when they were made.
+    pub(in crate::provider) fn past(&self) -> (Seq, &BTreeMap<Seq, (EventId, i64)>) {
+        (self.pruned, &self.erased)
+    }
+
+    /// Makes an empty log one that reached `head` with this past.
+    pub(in crate::provider) fn resume(&mut self, head: Seq, pruned: Seq, erased: BTreeMap<Seq, (EventId, i64)>) {
+        self.ids.extend(erased.iter().map(|(&seq, (id, _))| (id.clone(), seq)));
+        (self.head, self.pruned, self.erased) = (head, pruned, erased);
+    }
+
+    /// Puts an event back where it stood, before others are added.
+    pub(in crate::provider) fn restore(&mut self, seq: Seq, event: Arc<Event>, appended: i64, works: Vec<Work>) {
+        self.ids.insert(event.id.clone(), seq);
+        let mut tally = Tally::default();
+        for work in &works {
+            tally.add(work.status);
+            self.deliveries.add(work.status);
+        }
+        let started = works.iter().filter(|work| work.started_at.is_some()).count() as u32;
+        let slot = Slot { event, appended, works: works.into(), tally, started };
+        self.events.add(slot.status());
+        if !slot.is_open() {
+            self.finished.push(seq);
+        }
+        self.older.insert(seq, Box::new(slot));
+    }
+
     /// Adds an event whose id is new; `subscriptions` ascend.
     pub(in crate::provider) fn push(&mut self, mut event: Arc<Event>, subscriptions: &[usize], now: i64) -> Status {
         self.head += 1;

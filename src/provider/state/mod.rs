@@ -4,6 +4,7 @@
 //! make the same state anywhere. The lock, the clock and what outlives the process are its provider's.
 
 mod documents;
+mod image;
 mod line;
 mod log;
 mod operate;
@@ -15,10 +16,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foldhash::HashMap;
-use rand::rngs::SmallRng;
-use rand::{RngExt as _, SeedableRng as _};
 
 use self::documents::Shelf;
+pub(in crate::provider) use self::image::{Image, bare};
 use self::line::Line;
 use self::log::Log;
 pub(in crate::provider) use self::work::as_micros;
@@ -37,7 +37,7 @@ pub(in crate::provider) struct State {
     pub(in crate::provider) shelf: Shelf,
     pub(in crate::provider) evictions: u64,
     /// Where lease tokens come from.
-    tokens: SmallRng,
+    tokens: Tokens,
     max_events: u64,
 }
 
@@ -48,6 +48,19 @@ pub(in crate::provider) struct Lines {
     names: HashMap<Arc<str>, usize>,
     /// Publishers hand in the same list of names again and again.
     last: Option<Lookup>,
+}
+
+/// Lease tokens: SplitMix64 (Steele, Lea and Flood, 2014), the same from the same seed on every machine and in every
+/// version.
+struct Tokens(u64);
+
+impl Tokens {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
 }
 
 /// A list of names, and the indices that it stands for.
@@ -102,7 +115,7 @@ impl State {
             lines: Lines::default(),
             shelf: Shelf::default(),
             evictions: 0,
-            tokens: SmallRng::seed_from_u64(seed),
+            tokens: Tokens(seed),
             max_events,
         }
     }
@@ -149,6 +162,20 @@ impl State {
             self.evictions += 1;
         }
         Appended { seq, duplicate: false, status }
+    }
+
+    /// Has the lease tokens that come next follow from `seed` alone.
+    pub(in crate::provider) fn reseed(&mut self, seed: u64) {
+        self.tokens = Tokens(seed);
+    }
+
+    /// When a claim may next give or take away something: in the past when it may now, `None` when nothing waits.
+    pub(in crate::provider) fn next_time(&self, request: &ClaimRequest) -> Option<i64> {
+        let lines = request.wants.iter().filter_map(|want| {
+            let line = self.lines.list.get(self.lines.find(&want.subscription)?)?;
+            if line.ordering() == want.ordering { line.next_time_or_ready() } else { Some(i64::MIN) }
+        });
+        lines.min()
     }
 
     pub(in crate::provider) fn claim(&mut self, request: &ClaimRequest, now: i64) -> Claimed {
@@ -215,7 +242,7 @@ impl State {
                 continue;
             }
             let (event, appended) = (Arc::clone(&slot.event), slot.appended);
-            let token = tokens.random();
+            let token = tokens.next();
             let lease = log.change(seq, index, |_, work| {
                 work.claim(&request.worker, token, now, lease_end);
                 Lease {

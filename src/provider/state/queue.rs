@@ -24,6 +24,10 @@ impl Queue {
         }
     }
 
+    pub(in crate::provider) fn is_empty(&self) -> bool {
+        self.ordered.is_empty() && self.late.is_empty()
+    }
+
     pub(in crate::provider) fn pop(&mut self) -> Option<Seq> {
         match (self.ordered.front(), self.late.peek()) {
             (Some(&first), Some(&Reverse(late))) if late <= first => self.late.pop().map(|Reverse(seq)| seq),

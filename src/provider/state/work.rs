@@ -3,10 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::delivery::{Attempt, Delivery, Move, Next, Status, Verdict};
 use crate::event::micros;
 
-/// A delivery as it is kept. All instants are microseconds since the Unix epoch.
+/// A delivery as it is kept. All instants are microseconds since the Unix epoch. The layout of snapshots follows from the
+/// fields and their order.
+#[derive(Clone, Serialize, Deserialize)]
 pub(in crate::provider) struct Work {
     /// An index into the subscriptions.
     pub(in crate::provider) subscription: usize,
@@ -27,6 +31,7 @@ pub(in crate::provider) struct Work {
     pub(in crate::provider) is_replay: bool,
     pub(in crate::provider) verdict: Option<Verdict>,
     pub(in crate::provider) error: Option<Arc<str>>,
+    #[serde(with = "super::image::attempts")]
     pub(in crate::provider) attempts: Vec<Attempt>,
 }
 

@@ -1,7 +1,10 @@
 //! What tests share: real servers of our own, and a checker of what they promised.
 
+mod child;
 pub(crate) mod guests;
 pub(crate) mod history;
+pub(crate) mod instance;
+pub(crate) mod nats;
 pub(crate) mod orders;
 pub(crate) mod postgres;
 pub(crate) mod proxy;

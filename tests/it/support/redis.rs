@@ -5,8 +5,9 @@
 
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
+
+use super::child;
 
 /// How long a server may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -46,7 +47,7 @@ impl RedisServer {
         command.args(["--port", &self.port.to_string(), "--dir", self.folder.path().to_str().unwrap()]);
         command.args(["--logfile", self.folder.path().join("redis.log").to_str().unwrap()]);
         command.args(&self.arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        self.child = Some(spawn_from_a_thread_that_stays(command));
+        self.child = Some(child::spawn_from_a_thread_that_stays(command));
         let until = Instant::now() + PATIENCE;
         while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
             assert!(Instant::now() < until, "redis-server does not answer: {}", self.log());
@@ -72,17 +73,4 @@ impl Drop for RedisServer {
     fn drop(&mut self) {
         self.kill();
     }
-}
-
-/// The kernel sends the signal of a parent's death when the thread ends that made the child: that one must not end before
-/// the process does.
-fn spawn_from_a_thread_that_stays(mut command: Command) -> Child {
-    let (send, receive) = mpsc::channel();
-    std::thread::spawn(move || {
-        send.send(command.spawn()).unwrap();
-        loop {
-            std::thread::park();
-        }
-    });
-    receive.recv().unwrap().expect("setpriv and redis-server must be installed: run `make setup`")
 }
