@@ -11,9 +11,14 @@
 )]
 
 mod capture;
+#[path = "../tests/it/support/child.rs"]
+mod child;
 mod delivery;
 mod isolation;
 mod memory;
+mod nats;
+#[path = "../tests/it/support/nats.rs"]
+mod nats_server;
 mod plugins;
 mod postgres;
 #[path = "../tests/it/support/postgres.rs"]
@@ -31,12 +36,13 @@ mod support;
 fn main() {
     // Cargo passes `--bench`; whatever else is given names the groups to run.
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let groups: [(&str, fn()); 9] = [
+    let groups: [(&str, fn()); 10] = [
         ("memory", memory::run),
         ("capture", capture::run),
         ("sqlite", sqlite::run),
         ("postgres", postgres::run),
         ("redis", redis::run),
+        ("nats", nats::run),
         ("plugins", plugins::run),
         ("plugins-delivery", delivery::run),
         ("plugins-isolation", isolation::run),
