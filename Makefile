@@ -45,3 +45,4 @@ setup-plugins:
 setup-stores:
 	@scripts/setup-stores.sh
 	@scripts/setup-redis.sh
+	@scripts/setup-nats.sh

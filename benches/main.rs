@@ -11,10 +11,15 @@
 )]
 
 mod capture;
+#[path = "../tests/it/support/child.rs"]
+mod child;
 mod delivery;
 mod held;
 mod isolation;
 mod memory;
+mod nats;
+#[path = "../tests/it/support/nats.rs"]
+mod nats_server;
 mod plugins;
 mod postgres;
 #[path = "../tests/it/support/postgres.rs"]
@@ -39,6 +44,7 @@ fn main() {
         ("sqlite", sqlite::run),
         ("postgres", postgres::run),
         ("redis", redis::run),
+        ("nats", nats::run),
         ("plugins", plugins::run),
         ("plugins-delivery", delivery::run),
         ("plugins-isolation", isolation::run),
