@@ -39,7 +39,7 @@ impl Shared {
         let full = events.into_iter().zip(spots).map(|(event, spot)| async move {
             let Some(spot) = spot else { return Ok(Some(event)) };
             let Some((headers, body)) = self.message(&spot).await? else { return Ok(None) };
-            Ok(read_event(&Facts::read(&headers), body, event.seq).map(|append| Arc::new(append.event)))
+            Ok(read_event(&Facts::read(&headers), body, event.seq).map(|append| append.event))
         });
         stream::iter(full).buffered(AT_ONCE).try_collect().await
     }
