@@ -1,6 +1,7 @@
 //! Everything that a claim about speed rests on: each row runs ours and a named peer or limit in turn.
 //!
 //! `cargo bench` runs all but the soak and the held transaction; `cargo bench -- memory` what is named. Ratios are medians of pairs taken within one run.
+//! Peers and servers that are not installed are named, and their rows left out.
 
 #![expect(
     clippy::unwrap_used,
@@ -20,15 +21,21 @@ mod memory;
 mod nats;
 #[path = "../tests/it/support/nats.rs"]
 mod nats_server;
+mod peer;
 mod plugins;
 mod postgres;
+mod postgres_peers;
 #[path = "../tests/it/support/postgres.rs"]
 #[expect(dead_code, clippy::expect_used, reason = "tests use more of it, and one that panics has failed")]
 mod postgres_server;
+mod process;
 mod redis;
+mod redis_peers;
 #[path = "../tests/it/support/redis.rs"]
 mod redis_server;
+mod replicas;
 mod rig;
+mod sequencing;
 mod serve;
 mod soak;
 mod sqlite;
@@ -37,14 +44,23 @@ mod support;
 fn main() {
     // Cargo passes `--bench`; whatever else is given names the groups to run.
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let groups: [(&str, fn()); 10] = [
+    if let Some((first, rest)) = wanted.split_first()
+        && first == process::WORD
+    {
+        return process::run(rest);
+    }
+    let groups: [(&str, fn()); 15] = [
         ("memory", memory::run),
         ("memory-matching", memory::matching),
         ("capture", capture::run),
         ("sqlite", sqlite::run),
         ("postgres", postgres::run),
+        ("postgres-peers", postgres_peers::run),
+        ("postgres-replicas", replicas::run),
+        ("postgres-sequencing", sequencing::run),
         ("redis", redis::run),
         ("nats", nats::run),
+        ("redis-peers", redis_peers::run),
         ("plugins", plugins::run),
         ("plugins-delivery", delivery::run),
         ("plugins-isolation", isolation::run),

@@ -40,7 +40,7 @@ pub(crate) fn run() {
     );
     compare_latency(
         "NATS file",
-        "none",
+        ["none", "none"],
         || runtime.block_on(async { rig(&server).await.pick_up(PACED).await }),
         || runtime.block_on(pick_up_by_hand(&server)),
     );
@@ -154,7 +154,7 @@ async fn sizes() {
     let server = NatsServer::start(&[]);
     let provider = provider(&server).await;
     let names: Arc<[Arc<str>]> = [Arc::from("all")].into();
-    let append = || Append { event: event(), subscriptions: Arc::clone(&names) };
+    let append = || Append { event: Arc::new(event()), subscriptions: Arc::clone(&names) };
     let measure = async || {
         let stored = provider.stats().await.unwrap().provider_specific["bytes"].as_f64().unwrap();
         (support::resident(std::process::id()) * 1_048_576.0, stored)

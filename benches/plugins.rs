@@ -17,7 +17,8 @@ use tidegate::{Call, Event, Handler, Payload, Source, Verdict};
 use wasmtime::component::{Component, ComponentType, InstancePre, Lift, Linker, Lower, TypedFunc};
 use wasmtime::{Config, Enabled, InstanceAllocationStrategy, PoolingAllocationConfig, Store, UpdateDeadline};
 
-use crate::support::{compare, payload, peer, per_second};
+use crate::peer;
+use crate::support::{compare, payload, per_second};
 
 const CALLS: usize = 20_000;
 const BATCH: usize = 64;
@@ -29,7 +30,7 @@ pub(crate) fn run() {
     let fresh = Ours::idle(&runtime, "");
     let reused = Ours::idle(&runtime, "reuse = 1000000000\n");
     let event = Arc::new(event());
-    if let Some(extism) = peer("extism") {
+    if let Some(extism) = peer::cargo("extism") {
         compare(
             "no-op handler, fresh instance per event, against extism's fresh plugin",
             "≥ 12",

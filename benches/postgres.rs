@@ -58,21 +58,26 @@ pub(crate) fn run() {
     );
     compare_latency(
         "PostgreSQL",
-        "none",
+        ["none", "none"],
         || runtime.block_on(async { rig(&server).await.pick_up(PACED).await }),
         || runtime.block_on(pick_up_by_hand(&server)),
     );
 }
 
 /// A database of its own for every run, so that none finds what another left.
-fn database(server: &Postgres) -> String {
+pub(crate) fn database(server: &Postgres) -> String {
     let name = server.fresh_name();
     server.psql("postgres", &format!("CREATE DATABASE {name}"));
     server.url(&name)
 }
 
-async fn rig(server: &Postgres) -> Rig {
-    let url = database(server);
+pub(crate) async fn rig(server: &Postgres) -> Rig {
+    rig_on(&database(server)).await
+}
+
+/// A broker on this database.
+pub(crate) async fn rig_on(url: &str) -> Rig {
+    let url = url.to_owned();
     Rig::over(Arc::new(PostgresProvider::open(Options { url, ..Options::default() }).await.unwrap())).await
 }
 

@@ -16,7 +16,7 @@ use crate::support;
 
 /// A broker over a store.
 pub(crate) struct Rig {
-    broker: Broker,
+    pub(crate) broker: Broker,
     metrics: Metrics,
     stop: Arc<Notify>,
     service: Option<tidegate::broker::Service>,
@@ -62,12 +62,18 @@ impl Rig {
         done
     }
 
-    /// Waits until so many attempts are settled. The metrics tell without asking the store, which is busy.
+    /// Waits until so many attempts are settled.
     pub(crate) async fn completed(&self, count: usize) {
-        let line = format!("tidegate_attempts_total{{subscription=\"all\",verdict=\"ok\"}} {count}");
-        while !self.metrics.encode().lines().any(|found| found == line) {
+        while self.settled("all") < count {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
+    }
+
+    /// How many attempts succeeded and are settled. The metrics tell without asking the store, which is busy.
+    pub(crate) fn settled(&self, subscription: &str) -> usize {
+        let label = format!("tidegate_attempts_total{{subscription=\"{subscription}\",verdict=\"ok\"}} ");
+        let text = self.metrics.encode();
+        text.lines().find_map(|line| line.strip_prefix(&label)).map_or(0, |count| count.parse().unwrap())
     }
 }
 
@@ -160,15 +166,15 @@ impl Rig {
     }
 }
 
-/// Prints p50 and p99 of two sides, each measured several times in turn.
+/// Prints p50 and p99 of two sides, each measured several times in turn; a goal for each.
 pub(crate) fn compare_latency(
     what: &str,
-    goal: &str,
+    goals: [&str; 2],
     ours: impl Fn() -> Vec<Duration>,
     other: impl Fn() -> Vec<Duration>,
 ) {
     let rows: Vec<_> = (0..support::PAIRS).map(|_| (ours(), other())).collect();
-    for share in [0.5, 0.99] {
+    for (share, goal) in [0.5, 0.99].into_iter().zip(goals) {
         let of = |times: &Vec<Duration>| support::quantile(times.clone(), share).as_secs_f64() * 1e3;
         let (ours, other): (Vec<f64>, Vec<f64>) = rows.iter().map(|(a, b)| (of(a), of(b))).unzip();
         let ratio = support::median(ours.iter().zip(&other).map(|(a, b)| a / b).collect());

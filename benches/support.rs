@@ -81,30 +81,13 @@ pub(crate) fn resident(process: u32) -> f64 {
     line.trim().trim_end_matches(" kB").parse::<f64>().unwrap_or_default() / 1024.0
 }
 
-/// A program of `benches/peers` that measures one thing per call and prints work per second.
-pub(crate) struct Peer {
-    program: std::path::PathBuf,
-}
-
-/// Builds the peer of this name; `None`, with the reason printed, when it cannot be built here.
-pub(crate) fn peer(name: &str) -> Option<Peer> {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers").join(name);
-    let built = std::process::Command::new(env!("CARGO")).args(["build", "--release"]).current_dir(&folder).status();
-    if !built.is_ok_and(|status| status.success()) {
-        println!("{name} cannot be built here: rows against it are left out");
-        return None;
+/// Whether there is such a server; if not, says so.
+pub(crate) fn is_installed(server: &str) -> bool {
+    let is_installed = std::process::Command::new(server).arg("--version").output().is_ok();
+    if !is_installed {
+        println!("{server} is not installed: rows against it are left out");
     }
-    Some(Peer { program: folder.join("target/release").join(name) })
-}
-
-impl Peer {
-    /// Runs the peer and reads the figure that it prints last.
-    pub(crate) fn measure(&self, arguments: &[&str]) -> f64 {
-        let output = std::process::Command::new(&self.program).args(arguments).output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        let last = text.lines().last().unwrap_or_default();
-        last.trim().parse().unwrap_or_else(|_| panic!("{:?} printed {text:?} {:?}", self.program, output.stderr))
-    }
+    is_installed
 }
 
 /// A broker over memory that runs until it is told to stop.

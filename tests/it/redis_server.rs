@@ -92,7 +92,7 @@ async fn acknowledged_until_killed(server: &mut RedisServer, provider: &RedisPro
     while began.elapsed() < killed {
         let event = Event::new(Source::Internal, "a.b".parse().unwrap(), Payload::default());
         let id = event.id.to_string();
-        provider.append(vec![Append { event, subscriptions: [].into() }]).await.unwrap();
+        provider.append(vec![Append { event: event.into(), subscriptions: [].into() }]).await.unwrap();
         acknowledged.push((id, Instant::now()));
     }
     server.kill();
@@ -132,7 +132,7 @@ async fn a_killed_server_keeps_what_its_settings_promise() {
             lost.len()
         );
         match durability {
-            Durability::Storage => assert_eq!(lost, []),
+            Durability::Storage => assert!(lost.is_empty(), "{lost:?}"),
             Durability::Os => assert!(oldest < Duration::from_secs(3), "{oldest:?}"),
             _ => {}
         }

@@ -84,7 +84,7 @@ fn event(payload: &str) -> Event {
 
 fn appends(count: usize) -> Vec<Append> {
     let subscriptions: Arc<[Arc<str>]> = [Arc::from("s")].into();
-    (0..count).map(|_| Append { event: event("1"), subscriptions: Arc::clone(&subscriptions) }).collect()
+    (0..count).map(|_| Append { event: Arc::new(event("1")), subscriptions: Arc::clone(&subscriptions) }).collect()
 }
 
 async fn claim(provider: &NatsProvider, room: usize) -> Vec<Lease> {
@@ -182,7 +182,7 @@ async fn what_is_of_no_use_goes_with_a_snapshot_and_nothing_else_does() {
     let place = Place::new();
     let provider = place.provider().await;
     let log = |length: usize| vec![LogLine { level: 2, message: "y".repeat(length), fields: Vec::new() }];
-    let append = |n: usize| Append { event: event(&format!("{{\"n\":{n}}}")), ..appends(1).remove(0) };
+    let append = |n: usize| Append { event: Arc::new(event(&format!("{{\"n\":{n}}}"))), ..appends(1).remove(0) };
     provider.append((0..300).map(append).collect()).await.unwrap();
     let ids: Vec<_> = provider.read(0, 300).await.unwrap().events.iter().map(|event| event.id.to_string()).collect();
     for lease in claim(&provider, 300).await {
@@ -215,7 +215,7 @@ async fn what_is_of_no_use_goes_with_a_snapshot_and_nothing_else_does() {
 async fn what_is_erased_is_in_no_message() {
     let place = Place::new();
     let provider = place.provider().await;
-    let secret = Append { event: event("\"secret\""), ..appends(1).remove(0) };
+    let secret = Append { event: Arc::new(event("\"secret\"")), ..appends(1).remove(0) };
     let id = secret.event.id.to_string();
     provider.append([appends(3), vec![secret], appends(3)].concat()).await.unwrap();
     assert_eq!(provider.amend(Amendment::Erase { id }).await.unwrap(), 1);
@@ -239,8 +239,8 @@ async fn an_event_and_a_record_larger_than_a_message_are_several() {
     let mut large = event(&format!("\"{}\"", "z".repeat((1 << 20) - 2)));
     large.metadata.insert("m".into(), "w".repeat(300_000).into());
     let id = large.id.to_string();
-    let published = Append { event: event(&format!("\"{}\"", "v".repeat(2 << 20))), ..appends(1).remove(0) };
-    provider.append(vec![Append { event: large.clone(), ..appends(1).remove(0) }]).await.unwrap();
+    let published = Append { event: Arc::new(event(&format!("\"{}\"", "v".repeat(2 << 20)))), ..appends(1).remove(0) };
+    provider.append(vec![Append { event: Arc::new(large.clone()), ..appends(1).remove(0) }]).await.unwrap();
     let mut settlement = ended(claim(&provider, 1).await.remove(0), Next::Complete);
     let log = vec![LogLine { level: 2, message: "u".repeat(3 << 20), fields: Vec::new() }];
     settlement.attempt.as_mut().unwrap().trace.log.clone_from(&log);
@@ -289,7 +289,7 @@ async fn other_clients_follow_the_events_by_their_subjects() {
     let mut others = link.client.subscribe(format!("{}events.chat.*", link.names.prefix)).await.unwrap();
     let chat = Event { event_type: "chat.message".parse().unwrap(), ..event("{\"text\":\"hi\"}") };
     let id = chat.id.to_string();
-    provider.append(vec![Append { event: chat, subscriptions: Arc::default() }]).await.unwrap();
+    provider.append(vec![Append { event: Arc::new(chat), subscriptions: Arc::default() }]).await.unwrap();
     let message = others.next().await.unwrap();
     assert_eq!(
         (&*message.subject, &*message.payload),
@@ -311,7 +311,7 @@ async fn a_full_stream_refuses_events_and_still_finishes_them() {
     let provider = NatsProvider::open(options).await.unwrap();
     let mut stored = 0;
     let refused = loop {
-        let append = Append { event: event(&format!("\"{}\"", "t".repeat(4_000))), ..appends(1).remove(0) };
+        let append = Append { event: Arc::new(event(&format!("\"{}\"", "t".repeat(4_000)))), ..appends(1).remove(0) };
         match provider.append(vec![append]).await {
             Ok(_) => stored += 1,
             Err(error) => break error,
@@ -469,7 +469,7 @@ fn the_layout_of_entries_and_snapshots_is_that_of_format_1() {
     fixed.metadata.insert("m".to_owned(), 1.into());
     let append = |id: &str| {
         let event = Event { id: id.parse().unwrap(), ..fixed.clone() };
-        Append { event, subscriptions: [Arc::from("s"), Arc::from("t")].into() }
+        Append { event: Arc::new(event), subscriptions: [Arc::from("s"), Arc::from("t")].into() }
     };
     apply(["order-1", "order-2", "order-3"].map(|id| entry::event_piece(&append(id))).into());
     let want = |name: &str| Want { subscription: name.into(), room: 2, ordering: Turn::Key };
