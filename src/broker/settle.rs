@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use foldhash::HashMap;
+use futures_util::stream::{self, StreamExt as _};
 use jiff::Timestamp;
 use parking_lot::{Mutex, MutexGuard};
 use rand::rngs::SmallRng;
@@ -21,7 +22,7 @@ use super::lanes::Binding;
 use super::service::raised;
 use crate::delivery::{Attempt, EventRecord, Fault, Next, Status, Verdict};
 use crate::error::Result;
-use crate::event::{EventType, Source};
+use crate::event::{EventId, EventType, Source};
 use crate::handler::{Effects, Outcome, Publish};
 use crate::metrics::TypeMetrics;
 use crate::provider::{Append, Lease, LeaseKey, Settled, Settlement};
@@ -33,6 +34,9 @@ pub(super) const QUEUE: usize = 4_096;
 
 /// The most settlements written at once.
 const BATCH: usize = 1_024;
+
+/// How many events the store is asked about at once.
+const ASKED_AT_ONCE: usize = 16;
 
 /// How often and how long a failing store is tried before the leases are left to expire.
 const TRIES: u32 = 6;
@@ -143,10 +147,12 @@ impl Shared {
             let Some(results) = self.write(&fates, settlements).await else { return };
             (fates, results)
         };
-        let (mut refused, mut kind) = (Vec::new(), None);
+        let (mut refused, mut unsure, mut kind) = (Vec::new(), Vec::new(), None);
         for (mut fate, result) in fates.into_iter().zip(results) {
             match result {
-                Settled::Done { event_open } => self.done(&fate, event_open, self.kind(&mut kind, &fate)).await,
+                Settled::Done { event_open } => {
+                    unsure.extend(self.done(&fate, event_open, self.kind(&mut kind, &fate)));
+                }
                 Settled::Stale => self.stale(&fate),
                 Settled::Conflict { reason } => {
                     if let Some(settlement) = fate.spare.take() {
@@ -156,6 +162,7 @@ impl Shared {
                 }
             }
         }
+        self.count_unsure(unsure).await;
         self.settle_refused(refused).await;
     }
 
@@ -166,13 +173,16 @@ impl Shared {
         }
         let (fates, settlements): (Vec<Fate>, Vec<Settlement>) = refused.into_iter().unzip();
         let Some(results) = self.write(&fates, settlements).await else { return };
-        let mut kind = None;
+        let (mut unsure, mut kind) = (Vec::new(), None);
         for (fate, result) in fates.iter().zip(results) {
             match result {
-                Settled::Done { event_open } => self.done(fate, event_open, self.kind(&mut kind, fate)).await,
+                Settled::Done { event_open } => {
+                    unsure.extend(self.done(fate, event_open, self.kind(&mut kind, fate)));
+                }
                 Settled::Stale | Settled::Conflict { .. } => self.stale(fate),
             }
         }
+        self.count_unsure(unsure).await;
     }
 
     fn decide(&self, ended: Ended) -> (Fate, Settlement) {
@@ -308,7 +318,8 @@ impl Shared {
         }))
     }
 
-    async fn done(&self, fate: &Fate, event_open: bool, kind: &Kind) {
+    /// Counts what was applied. Gives back the event if it is finished and only the store knows how.
+    fn done(&self, fate: &Fate, event_open: bool, kind: &Kind) -> Option<Unsure> {
         self.count(fate, &kind.metrics);
         match fate.next {
             Next::Retry { after } => self.hints.due(after),
@@ -321,9 +332,7 @@ impl Shared {
             self.count_published(*source, event_type);
             self.offer(subscriptions.iter());
         }
-        if !event_open {
-            self.finished(fate, kind).await;
-        }
+        if event_open { None } else { self.finished(fate, kind) }
     }
 
     fn count(&self, fate: &Fate, of_type: &TypeMetrics) {
@@ -346,16 +355,24 @@ impl Shared {
     }
 
     /// The event has no open delivery any more.
-    async fn finished(&self, fate: &Fate, kind: &Kind) {
-        let event = &fate.lease.event;
-        // Only the store knows whether another delivery of the event failed; ask only where there can be another.
-        let status = match fate.next {
-            Next::Fail => Status::Failed,
-            _ if kind.is_for_one => Status::Completed,
-            _ => self.status_of(event.id.as_str()).await.unwrap_or(Status::Completed),
+    fn finished(&self, fate: &Fate, kind: &Kind) -> Option<Unsure> {
+        let id = &fate.lease.event.id;
+        self.waiters.tell(id);
+        let unsure = fate.next != Next::Fail && !kind.is_for_one;
+        if unsure {
+            return Some(Unsure { id: id.clone(), metrics: Arc::clone(&kind.metrics) });
+        }
+        kind.metrics.processed(if fate.next == Next::Fail { Status::Failed } else { Status::Completed });
+        None
+    }
+
+    /// Counts finished events of which another delivery may have failed: the store is asked about several at once, so that
+    /// nobody waits for as many round trips as there are events.
+    async fn count_unsure(&self, unsure: Vec<Unsure>) {
+        let count = |Unsure { id, metrics }| async move {
+            metrics.processed(self.status_of(id.as_str()).await.unwrap_or(Status::Completed));
         };
-        kind.metrics.processed(status);
-        self.waiters.tell(&event.id);
+        stream::iter(unsure).for_each_concurrent(ASKED_AT_ONCE, count).await;
     }
 
     fn stale(&self, fate: &Fate) {
@@ -376,6 +393,12 @@ struct Kind {
     metrics: Arc<TypeMetrics>,
     /// Whether no more than one subscription gets them.
     is_for_one: bool,
+}
+
+/// A finished event whose status is to be looked up, and where it counts.
+struct Unsure {
+    id: EventId,
+    metrics: Arc<TypeMetrics>,
 }
 
 /// What is decided about an attempt, and known of it while the store applies that.
