@@ -634,6 +634,37 @@ async fn handlers_that_never_wait_leave_others_their_turn() {
     assert!(handled < 500, "{handled} events were handled before anybody else had a turn");
 }
 
+/// A worker takes several deliveries at once while attempts are short; when one waits, the others go on without it.
+#[tokio::test(start_paused = true)]
+async fn deliveries_that_a_worker_took_together_do_not_wait_for_one_that_waits() {
+    let rig = Rig::start().await;
+    let (gate, handled) = (Arc::new(Semaphore::new(0)), calls());
+    let (opened, counted) = (Arc::clone(&gate), Arc::clone(&handled));
+    let handler = native(move |call: Call| {
+        let (gate, handled) = (Arc::clone(&opened), Arc::clone(&counted));
+        async move {
+            if call.event.id.as_str() == "slow" {
+                gate.acquire().await?.forget();
+            }
+            handled.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+    });
+    rig.on("s", "a.*", handler).await;
+    let short = |count: usize| (0..count).map(|_| event("a.b"));
+    rig.broker.publish_batch(short(200).collect()).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(handled.load(Ordering::SeqCst), 200);
+    let slow = std::iter::once(event_with_id("a.b", "slow"));
+    rig.broker.publish_batch(slow.chain(short(100)).collect()).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(handled.load(Ordering::SeqCst), 300);
+    assert_eq!(rig.status("slow").await, Status::Processing);
+    gate.add_permits(1);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!((handled.load(Ordering::SeqCst), rig.status("slow").await), (301, Status::Completed));
+}
+
 /// What a rate holds back is taken up with the next token, not with the next poll.
 #[tokio::test(start_paused = true)]
 async fn one_event_more_than_the_rate_waits_for_one_token() {
