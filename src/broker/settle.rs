@@ -357,12 +357,12 @@ impl Shared {
     /// The event has no open delivery any more.
     fn finished(&self, fate: &Fate, kind: &Kind) -> Option<Unsure> {
         let id = &fate.lease.event.id;
-        self.waiters.tell(id);
         let unsure = fate.next != Next::Fail && !kind.is_for_one;
         if unsure {
             return Some(Unsure { id: id.clone(), metrics: Arc::clone(&kind.metrics) });
         }
         kind.metrics.processed(if fate.next == Next::Fail { Status::Failed } else { Status::Completed });
+        self.waiters.tell(id);
         None
     }
 
@@ -371,6 +371,7 @@ impl Shared {
     async fn count_unsure(&self, unsure: Vec<Unsure>) {
         let count = |Unsure { id, metrics }| async move {
             metrics.processed(self.status_of(id.as_str()).await.unwrap_or(Status::Completed));
+            self.waiters.tell(&id);
         };
         stream::iter(unsure).for_each_concurrent(ASKED_AT_ONCE, count).await;
     }
