@@ -41,6 +41,10 @@ mod soak;
 mod sqlite;
 mod support;
 
+/// As the binary has it; for both sides of every row.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() {
     // Cargo passes `--bench`; whatever else is given names the groups to run.
     let wanted: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();

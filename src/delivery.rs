@@ -4,6 +4,7 @@
 //! is durable when is the [`provider`](crate::provider)'s promise.
 
 use std::fmt;
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -305,9 +306,57 @@ impl<'de> Deserialize<'de> for Reply {
     }
 }
 
-/// What the host saw of an attempt, beyond its verdict. All empty for a native handler.
+/// What the host saw of an attempt, beyond its verdict. All empty for a native handler, and then it takes no memory: outcomes
+/// and records are moved about a lot.
+#[derive(Debug, Clone, Default)]
+pub struct Trace(Option<Box<Seen>>);
+
+impl Trace {
+    /// The parts of one in which nothing was seen.
+    const EMPTY: &Seen = &Seen { digest: None, fuel: None, peak_memory: None, log: Vec::new(), backtrace: Vec::new() };
+}
+
+impl From<Seen> for Trace {
+    fn from(seen: Seen) -> Self {
+        Self((seen != *Self::EMPTY).then(|| Box::new(seen)))
+    }
+}
+
+impl Deref for Trace {
+    type Target = Seen;
+
+    fn deref(&self) -> &Seen {
+        self.0.as_deref().unwrap_or(Self::EMPTY)
+    }
+}
+
+impl DerefMut for Trace {
+    fn deref_mut(&mut self) -> &mut Seen {
+        self.0.get_or_insert_default()
+    }
+}
+
+impl PartialEq for Trace {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl Serialize for Trace {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        Seen::serialize(self, serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Trace {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        Seen::deserialize(deserializer).map(Self::from)
+    }
+}
+
+/// The parts of a [`Trace`].
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Trace {
+pub struct Seen {
     /// Digest of the plugin version that ran, as `sha256:<hex>`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<Arc<str>>,

@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+/// Events are made by one thread and forgotten by another all the time, which costs the system's allocator dearly.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     tidegate::cli::main()
 }

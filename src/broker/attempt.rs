@@ -83,8 +83,9 @@ async fn batch(shared: &Arc<Shared>, binding: &Arc<Binding>, leases: VecDeque<Le
     if let Some(outcomes) = together(binding, calls).await.filter(|outcomes| outcomes.len() == leases.len()) {
         let (started_at, duration) = watch.lap();
         for (lease, outcome) in leases.into_iter().zip(outcomes) {
-            let outcome = within_chain(shared, &lease, outcome).await;
-            ended.push(Ended { lease, binding: Arc::clone(binding), outcome, started_at, duration });
+            let mut one = Ended { lease, binding: Arc::clone(binding), outcome, started_at, duration };
+            bound_chain(shared, &mut one).await;
+            ended.push(one);
         }
         settle_in_time(shared, ended).await;
         return;
@@ -174,14 +175,19 @@ async fn attempt(
             }
         }
     };
-    let outcome = within_chain(shared, &lease, outcome).await;
     let (started_at, duration) = watch.lap();
     ended.push(Ended { lease, binding: Arc::clone(binding), outcome, started_at, duration });
+    if let Some(last) = ended.last_mut() {
+        bound_chain(shared, last).await;
+    }
 }
 
-async fn within_chain(shared: &Shared, lease: &Lease, outcome: Outcome) -> Outcome {
-    let publishes = !outcome.effects.published.is_empty();
-    if publishes { chain::bounded(shared, &lease.event, outcome).await } else { outcome }
+/// Refuses what would make a chain of events too long.
+async fn bound_chain(shared: &Shared, ended: &mut Ended) {
+    if !ended.outcome.effects.published.is_empty() {
+        let outcome = std::mem::replace(&mut ended.outcome, Outcome::ok());
+        ended.outcome = Box::pin(chain::bounded(shared, &ended.lease.event, outcome)).await;
+    }
 }
 
 /// Makes several attempts in one call. `None` when that did not work out: then it never was.

@@ -333,17 +333,22 @@ impl Broker {
     ///
     /// # Errors
     /// As [`publish_async`](Self::publish_async).
-    pub async fn publish(&self, event: Event) -> Result<Published> {
+    pub fn publish(&self, event: Event) -> impl Future<Output = Result<Published>> + Send {
+        // Shared before there is a future, which would be as large as the event and is moved about.
         let event = Arc::new(event);
-        match self.shared.options.mode {
-            Mode::Async => self.shared.publish_one(event).await,
-            Mode::Sync => {
-                let answer = self.answered(event, self.shared.options.sync_deadline).await?;
-                let event = &answer.detail.record.event;
-                let (id, seq) = (event.id.clone(), event.seq.unwrap_or_default());
-                Ok(Published { id, seq, status: answer.detail.record.status, duplicate: answer.duplicate })
+        async move {
+            match self.shared.options.mode {
+                Mode::Async => self.shared.publish_one(event).await,
+                Mode::Sync => Box::pin(self.publish_and_wait(event)).await,
             }
         }
+    }
+
+    async fn publish_and_wait(&self, event: Arc<Event>) -> Result<Published> {
+        let answer = self.answered(event, self.shared.options.sync_deadline).await?;
+        let event = &answer.detail.record.event;
+        let (id, seq) = (event.id.clone(), event.seq.unwrap_or_default());
+        Ok(Published { id, seq, status: answer.detail.record.status, duplicate: answer.duplicate })
     }
 
     /// Stores the event with a delivery for every subscription that matches, and returns once that is durable.
@@ -352,8 +357,8 @@ impl Broker {
     /// [`Error::Invalid`] or [`Error::TooLarge`] naming the field, [`Error::Overloaded`], [`Error::Stopped`], or what the
     /// store answers. After an error nothing is stored that would ever run, except that a [`Error::Store`] leaves open
     /// whether the store wrote it: publishing the same id again is safe.
-    pub async fn publish_async(&self, event: Event) -> Result<Published> {
-        self.shared.publish_one(Arc::new(event)).await
+    pub fn publish_async(&self, event: Event) -> impl Future<Output = Result<Published>> + Send {
+        self.shared.publish_one(Arc::new(event))
     }
 
     /// Stores the events, all or none, in this order.

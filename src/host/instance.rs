@@ -4,11 +4,14 @@
 //! events one after the other, unless a call ended in any other way than by the handler's own return. Time is watched
 //! twice: the epoch interrupts a guest that computes, and a timer ends one that waits in a host call.
 
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures_util::FutureExt as _;
+use smallvec::SmallVec;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit};
 use wasmtime::component::InstancePre;
 use wasmtime::{PoolConcurrencyLimitError, Store, Trap, UpdateDeadline, WasmBacktrace};
@@ -21,7 +24,7 @@ use super::exports::{Answers, Bound, Export, Exports};
 use super::imports::{State, Stop, Terms, link};
 use super::limits::{Limits, bytes};
 use super::slots::{Idle, Slots};
-use crate::delivery::{Fault, Trace, Verdict};
+use crate::delivery::{Fault, Seen, Verdict};
 use crate::error::Result;
 use crate::event::{Event, EventType, Payload, Source};
 use crate::handler::{Call, Effects, KvRead, Outcome};
@@ -58,6 +61,9 @@ pub(super) enum Unstarted {
     /// What the engine says about an export of another type than the one that we call.
     Unfit(wasmtime::Error),
 }
+
+/// What came of the events of a call; most calls have one.
+type Outcomes = SmallVec<[Outcome; 1]>;
 
 /// An instance, its store and the slot that it takes.
 struct Instance {
@@ -105,7 +111,7 @@ impl Prepared {
         let timeouts = calls.iter().map(|call| call.timeout);
         let allowed = timeouts.fold(self.terms.limits.timeout, Duration::min);
         let events: Vec<Arc<Event>> = calls.iter().map(|call| Arc::clone(&call.event)).collect();
-        self.within(engine, Export::HandleBatch, &events, calls, allowed).await
+        self.within(engine, Export::HandleBatch, &events, calls, allowed).await.map(SmallVec::into_vec)
     }
 
     /// Whether a batch may be tried: no more events than agreed, and payloads that leave the guest room to work.
@@ -174,7 +180,7 @@ impl Prepared {
         events: &[Arc<Event>],
         calls: impl IntoIterator<Item = Call>,
         allowed: Duration,
-    ) -> Result<Vec<Outcome>, Box<Outcome>> {
+    ) -> Result<Outcomes, Box<Outcome>> {
         let deadline = Instant::now().checked_add(allowed);
         let mut instance = match self.idle.as_ref().and_then(|idle| idle.take()) {
             Some(instance) => instance,
@@ -201,13 +207,25 @@ impl Prepared {
     async fn run(&self, engine: &Arc<Engine>, instance: &mut Instance, export: Export, events: &[Arc<Event>]) -> End {
         let deadline = instance.store.data().deadline();
         instance.served = instance.served.saturating_add(u32::try_from(events.len()).unwrap_or(u32::MAX));
-        let end = until(deadline, call_in(&self.linked, instance, export, events)).await;
+        let end = until(deadline, pin!(call_in(&self.linked, instance, export, events))).await;
         if !is_pool_full(&end) {
             return end;
         }
-        let Some(outside) = self.outside_the_pool(engine).await else { return end };
+        // Boxed, so that calls which find room do not carry this one's along.
+        Box::pin(self.run_outside_the_pool(engine, instance, export, events)).await.unwrap_or(end)
+    }
+
+    async fn run_outside_the_pool(
+        &self,
+        engine: &Arc<Engine>,
+        instance: &mut Instance,
+        export: Export,
+        events: &[Arc<Event>],
+    ) -> Option<End> {
+        let outside = self.outside_the_pool(engine).await?;
         instance.move_to(outside, self.fuel(events.len()));
-        until(deadline, call_in(outside, instance, export, events)).await
+        let deadline = instance.store.data().deadline();
+        Some(until(deadline, pin!(call_in(outside, instance, export, events))).await)
     }
 
     /// What runs on an engine without a pool, made at the first need of it.
@@ -224,8 +242,8 @@ impl Prepared {
 
     fn busy(&self, allowed: Duration) -> Outcome {
         let words = format!("no instance became free within {allowed:?}: raise host.instances");
-        let trace = Trace { digest: Some(Arc::clone(&self.terms.digest)), ..Trace::default() };
-        Outcome { trace, ..Outcome::failed(Verdict::HostFault, Fault::new("host-busy", words)) }
+        let seen = Seen { digest: Some(Arc::clone(&self.terms.digest)), ..Seen::default() };
+        Outcome { trace: seen.into(), ..Outcome::failed(Verdict::HostFault, Fault::new("host-busy", words)) }
     }
 
     /// The fuel of a call with this many events.
@@ -243,21 +261,20 @@ impl Prepared {
         instance: &mut Instance,
         count: usize,
         allowed: Duration,
-    ) -> Result<Vec<Outcome>, Box<Outcome>> {
+    ) -> Result<Outcomes, Box<Outcome>> {
         let used = self.fuel(count).saturating_sub(instance.store.get_fuel().unwrap_or_default());
         let shares = u64::try_from(count.max(1)).unwrap_or(u64::MAX);
         let state = instance.store.data_mut();
         let (refused, is_crowded) = (state.meter.has_refused(), state.is_crowded());
         let called_too_often = state.called_too_often();
-        let mut trace = Trace {
-            digest: Some(Arc::clone(&self.terms.digest)),
-            fuel: used.checked_div(shares),
-            peak_memory: u64::try_from(state.meter.peak_memory()).ok(),
-            log: Vec::new(),
-            backtrace: match &end {
-                End::NotBegun(error) | End::Stopped(error) => frames(error),
-                End::Returned(_) | End::Waiting => Vec::new(),
-            },
+        let (fuel, peak_memory) = (used.checked_div(shares), u64::try_from(state.meter.peak_memory()).ok());
+        let seen = |log, backtrace| {
+            let digest = Some(Arc::clone(&self.terms.digest));
+            Seen { digest, fuel, peak_memory, log, backtrace }.into()
+        };
+        let backtrace = match &end {
+            End::NotBegun(error) | End::Stopped(error) => frames(error),
+            End::Returned(_) | End::Waiting => Vec::new(),
         };
         let turns = state.end();
         let without_verdicts = match end {
@@ -266,7 +283,7 @@ impl Prepared {
             End::Returned(answers) if answers.len() == count && !is_crowded => {
                 let outcomes = answers.into_iter().zip(turns).map(|(answer, turn)| {
                     let (effects, log) = turn.finish();
-                    Outcome { trace: Trace { log, ..trace.clone() }, ..self.answered(answer, effects) }
+                    Outcome { trace: seen(log, Vec::new()), ..self.answered(answer, effects) }
                 });
                 return Ok(outcomes.collect());
             }
@@ -278,8 +295,8 @@ impl Prepared {
             }
             End::NotBegun(error) => self.stopped(&error, refused, allowed),
         };
-        trace.log = turns.flat_map(|turn| turn.finish().1).collect();
-        Err(Box::new(Outcome { trace, ..without_verdicts }))
+        let log = turns.flat_map(|turn| turn.finish().1).collect();
+        Err(Box::new(Outcome { trace: seen(log, backtrace), ..without_verdicts }))
     }
 
     fn called_too_often(&self) -> Outcome {
@@ -403,7 +420,11 @@ async fn call_in(linked: &Linked, instance: &mut Instance, export: Export, event
 }
 
 /// Waits for the call, and a little longer than until `deadline`.
-async fn until(deadline: Option<Instant>, call: impl Future<Output = End>) -> End {
+async fn until(deadline: Option<Instant>, mut call: Pin<&mut impl Future<Output = End>>) -> End {
+    // What ends at once needs no timer.
+    if let Some(end) = call.as_mut().now_or_never() {
+        return end;
+    }
     match deadline.and_then(|deadline| deadline.checked_add(GRACE)) {
         Some(latest) => tokio::time::timeout_at(latest.into(), call).await.unwrap_or(End::Waiting),
         // Nobody lives to see it.
@@ -440,7 +461,7 @@ impl KvRead for Nothing {
 }
 
 /// The outcome of a call with one event.
-fn only(mut outcomes: Vec<Outcome>) -> Outcome {
+fn only(mut outcomes: Outcomes) -> Outcome {
     outcomes.pop().unwrap_or_else(|| undecided(0, 1))
 }
 

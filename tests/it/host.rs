@@ -351,7 +351,7 @@ async fn a_call_in_progress_finishes_on_its_version() {
     assert_ne!(old, new);
     gate.open.notify_one();
     let outcome = in_progress.await.unwrap();
-    assert_eq!((outcome.verdict, outcome.trace.digest), (Verdict::Ok, Some(old)));
+    assert_eq!((outcome.verdict, outcome.trace.digest.as_deref()), (Verdict::Ok, Some(&*old)));
     assert_eq!(attempt(&handler, json!({"fault": "none"})).await.trace.digest, Some(new));
     host.remove("faults");
     assert_eq!(code(&attempt(&handler, json!({"fault": "none"})).await), "no-active-version");

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Fixture;
-use crate::delivery::{Attempt, Delivery, EventDetail, Fault, KvChange, KvWrite, Next, Trace, Verdict};
+use crate::delivery::{Attempt, Delivery, EventDetail, Fault, KvChange, KvWrite, Next, Seen, Verdict};
 use crate::event::{Event, EventId, Payload, Seq, Source};
 use crate::provider::inbox::InboxRow;
 use crate::provider::{
@@ -216,7 +216,7 @@ pub(super) fn attempt(lease: &Lease, verdict: Verdict) -> Attempt {
         worker: "worker-1".into(),
         error: refused.then(|| Box::new(Fault::new("card", format!("declined {}", lease.number)))),
         reply: None,
-        trace: Trace { digest: Some("sha256:ab".into()), fuel: Some(5), ..Trace::default() },
+        trace: Seen { digest: Some("sha256:ab".into()), fuel: Some(5), ..Seen::default() }.into(),
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::scene::{
     LEASE, Scene, appends, attempt, ended, ended_by, event, event_with_id, forged, retry, set, success_with, write,
 };
-use crate::delivery::{Attempt, Fault, INFRA_BUDGET, KvChange, LogLine, Next, Reply, Status, Trace, Verdict};
+use crate::delivery::{Attempt, Fault, INFRA_BUDGET, KvChange, LogLine, Next, Reply, Seen, Status, Verdict};
 use crate::event::EventId;
 use crate::provider::{Amendment, DeadLetterFilter, Expect, Settled, Settlement};
 
@@ -307,13 +307,14 @@ pub async fn an_attempt_comes_back_as_it_was_recorded(scene: Scene) {
                 ..Fault::new("code", &*hostile)
             })),
             reply: Some(Box::new(Reply { content_type: "image/png".into(), body: vec![0, 255, 7].into() })),
-            trace: Trace {
+            trace: Seen {
                 digest: None,
                 fuel: Some(u64::MAX >> 1),
                 peak_memory: Some(0),
                 log: vec![line],
                 backtrace: vec![hostile],
-            },
+            }
+            .into(),
             ..attempt(&lease, Verdict::Trap)
         };
         let settlement = Settlement { attempt: Some(record.clone()), ..ended(&lease, retry(0)) };

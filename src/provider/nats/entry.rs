@@ -178,10 +178,10 @@ pub(super) struct Heavy {
 impl Heavy {
     /// Takes the heavy parts out of a record, where they are worth a message of their own.
     fn take(attempt: &mut Attempt) -> Option<Piece> {
-        let trace = &mut attempt.trace;
-        if attempt.reply.is_none() && trace.log.is_empty() && trace.backtrace.is_empty() {
+        if attempt.reply.is_none() && attempt.trace.log.is_empty() && attempt.trace.backtrace.is_empty() {
             return None;
         }
+        let trace = &mut *attempt.trace;
         let heavy = Self {
             reply: attempt.reply.take(),
             log: std::mem::take(&mut trace.log),

@@ -3,9 +3,11 @@
 //! Knows nothing of what waits, is due or is leased; those are [`line`](super::line)'s.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::hash::BuildHasher as _;
 use std::sync::Arc;
 
-use foldhash::HashMap;
+use foldhash::fast::RandomState;
+use hashbrown::HashTable;
 use smallvec::SmallVec;
 
 use super::queue::Queue;
@@ -18,6 +20,8 @@ pub(in crate::provider) struct Slot {
     pub(in crate::provider) event: Arc<Event>,
     /// When it was sequenced.
     pub(in crate::provider) appended: i64,
+    /// The hash of its id.
+    hash: u64,
     /// In ascending order of `Work::subscription`.
     works: SmallVec<[Work; 1]>,
     tally: Tally,
@@ -54,6 +58,35 @@ impl Slot {
     }
 }
 
+/// Seqs by the hash of their event's id. The ids themselves are left where they are: an event that goes has not been looked
+/// at for long, and reading its id again would wait for memory.
+#[derive(Default)]
+struct Ids {
+    hasher: RandomState,
+    entries: HashTable<(u64, Seq)>,
+}
+
+impl Ids {
+    fn hash(&self, id: &str) -> u64 {
+        self.hasher.hash_one(id)
+    }
+
+    /// The seq of this hash that `is_it`.
+    fn find(&self, hash: u64, is_it: impl Fn(Seq) -> bool) -> Option<Seq> {
+        self.entries.find(hash, |&(known, seq)| known == hash && is_it(seq)).map(|&(_, seq)| seq)
+    }
+
+    fn insert(&mut self, hash: u64, seq: Seq) {
+        self.entries.insert_unique(hash, (hash, seq), |&(hash, _)| hash);
+    }
+
+    fn remove(&mut self, hash: u64, seq: Seq) {
+        if let Ok(entry) = self.entries.find_entry(hash, |&(_, known)| known == seq) {
+            entry.remove();
+        }
+    }
+}
+
 /// Events by seq. An erased event leaves its id and seq behind.
 #[derive(Default)]
 pub(in crate::provider) struct Log {
@@ -68,7 +101,7 @@ pub(in crate::provider) struct Log {
     /// Slots below `recent`: open events that outlived most of what came after them.
     older: BTreeMap<Seq, Box<Slot>>,
     /// Which id stands where; also those of erased events.
-    ids: HashMap<EventId, Seq>,
+    ids: Ids,
     /// Erased events, with the time that they were made.
     erased: BTreeMap<Seq, (EventId, i64)>,
     /// Events that may be finished, oldest first.
@@ -98,7 +131,11 @@ impl Log {
     }
 
     pub(in crate::provider) fn seq_of(&self, id: &str) -> Option<Seq> {
-        self.ids.get(id).copied()
+        self.ids.find(self.ids.hash(id), |seq| self.id_at(seq).is_some_and(|known| known.as_str() == id))
+    }
+
+    fn id_at(&self, seq: Seq) -> Option<&EventId> {
+        self.get(seq).map(|slot| &slot.event.id).or_else(|| self.erased.get(&seq).map(|(id, _)| id))
     }
 
     fn first_recent(&self) -> Seq {
@@ -156,20 +193,23 @@ impl Log {
 
     /// Makes an empty log one that reached `head` with this past.
     pub(in crate::provider) fn resume(&mut self, head: Seq, pruned: Seq, erased: BTreeMap<Seq, (EventId, i64)>) {
-        self.ids.extend(erased.iter().map(|(&seq, (id, _))| (id.clone(), seq)));
+        for (&seq, (id, _)) in &erased {
+            self.ids.insert(self.ids.hash(id.as_str()), seq);
+        }
         (self.head, self.pruned, self.erased) = (head, pruned, erased);
     }
 
     /// Puts an event back where it stood, before others are added.
     pub(in crate::provider) fn restore(&mut self, seq: Seq, event: Arc<Event>, appended: i64, works: Vec<Work>) {
-        self.ids.insert(event.id.clone(), seq);
+        let hash = self.ids.hash(event.id.as_str());
+        self.ids.insert(hash, seq);
         let mut tally = Tally::default();
         for work in &works {
             tally.add(work.status);
             self.deliveries.add(work.status);
         }
         let started = works.iter().filter(|work| work.started_at.is_some()).count() as u32;
-        let slot = Slot { event, appended, works: works.into(), tally, started };
+        let slot = Slot { event, appended, hash, works: works.into(), tally, started };
         self.events.add(slot.status());
         if !slot.is_open() {
             self.finished.push(seq);
@@ -181,10 +221,14 @@ impl Log {
     pub(in crate::provider) fn push(&mut self, mut event: Arc<Event>, subscriptions: &[usize], now: i64) -> Status {
         self.head += 1;
         Arc::make_mut(&mut event).seq = Some(self.head);
-        self.ids.insert(event.id.clone(), self.head);
-        let works = subscriptions.iter().map(|&subscription| Work::new(subscription, now));
+        let hash = self.ids.hash(event.id.as_str());
+        self.ids.insert(hash, self.head);
+        let works = match subscriptions {
+            &[subscription] => SmallVec::from_buf([Work::new(subscription, now)]),
+            many => many.iter().map(|&subscription| Work::new(subscription, now)).collect(),
+        };
         let tally = Tally { pending: subscriptions.len() as u64, ..Tally::default() };
-        let slot = Slot { event, appended: now, works: works.collect(), tally, started: 0 };
+        let slot = Slot { event, appended: now, hash, works, tally, started: 0 };
         self.deliveries.pending += tally.pending;
         let status = slot.status();
         self.events.add(status);
@@ -276,7 +320,7 @@ impl Log {
 
     fn forget(&mut self, seq: Seq) {
         if let Some(slot) = self.take(seq) {
-            self.ids.remove(&slot.event.id);
+            self.ids.remove(slot.hash, seq);
             self.pruned = self.pruned.max(seq);
         }
     }
@@ -310,7 +354,7 @@ impl Log {
             self.forget(seq);
         }
         for (seq, (id, _)) in self.erased.extract_if(.., |_, (_, created)| *created < instant) {
-            self.ids.remove(&id);
+            self.ids.remove(self.ids.hash(id.as_str()), seq);
             self.pruned = self.pruned.max(seq);
         }
         self.tidy();
