@@ -62,6 +62,29 @@ pub(crate) fn run() {
         || runtime.block_on(reused.handle(&event)),
         || runtime.block_on(raw.reused(&event)),
     );
+    what_fuel_costs(&runtime);
+}
+
+/// What fuel costs on top of the epoch where a guest computes: it parses JSON of some 4 KiB.
+fn what_fuel_costs(runtime: &tokio::runtime::Runtime) {
+    let Some(guest) = built("faults") else { return };
+    let (metered, unmetered) = (Raw::of(&guest, true), Raw::of(&guest, false));
+    let steps = vec![serde_json::json!({ "fault": "none" }); 240];
+    let large = Payload::json(&serde_json::json!({ "fault": "steps", "steps": steps })).unwrap();
+    let event = Event { payload: large, ..event() };
+    println!("a payload of {} bytes, parsed by the guest", event.payload.bytes().len());
+    compare(
+        "parsing guest, instance reused, by hand: with fuel and epoch, against epoch alone",
+        "≥ 0.9",
+        || runtime.block_on(metered.reused(&event)),
+        || runtime.block_on(unmetered.reused(&event)),
+    );
+    compare(
+        "parsing guest, fresh instances, by hand: with fuel and epoch, against epoch alone",
+        "≥ 0.9",
+        || runtime.block_on(metered.fresh(&event)),
+        || runtime.block_on(unmetered.fresh(&event)),
+    );
 }
 
 pub(crate) fn event() -> Event {
@@ -93,6 +116,16 @@ fn guest() -> Vec<u8> {
     componentise(&module).unwrap()
 }
 
+/// A component of `make plugins`; `None`, with the reason printed, when it is not built.
+fn built(name: &str) -> Option<Vec<u8>> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/plugins").join(name).with_extension("wasm");
+    let bytes = std::fs::read(&file);
+    if bytes.is_err() {
+        println!("{} is not built: run `make plugins` first; rows with it are left out", file.display());
+    }
+    bytes.ok()
+}
+
 /// A plugin in our host.
 pub(crate) struct Ours {
     pub(crate) plugin: Arc<dyn Handler>,
@@ -109,14 +142,7 @@ impl Ours {
     /// A plugin of `make plugins`; `None`, with the reason printed, when it is not
     /// built.
     pub(crate) fn built(runtime: &tokio::runtime::Runtime, name: &str) -> Option<Self> {
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/plugins").join(name).with_extension("wasm");
-        match std::fs::read(&file) {
-            Ok(bytes) => Some(Self::new(runtime, bytes)),
-            Err(_) => {
-                println!("{} is not built: run `make plugins` first; rows with it are left out", file.display());
-                None
-            }
-        }
+        built(name).map(|bytes| Self::new(runtime, bytes))
     }
 
     /// With all that its manifest requests.
@@ -231,27 +257,35 @@ type Handle<'a> = TypedFunc<(RawEvent<'a>,), (Answer,)>;
 pub(crate) struct Raw {
     engine: wasmtime::Engine,
     pre: InstancePre<()>,
+    metered: bool,
 }
 
 impl Raw {
     pub(crate) fn new() -> Self {
+        Self::of(&guest(), true)
+    }
+
+    /// A component none of whose imports are called; with fuel or without.
+    fn of(component: &[u8], metered: bool) -> Self {
         let mut pool = PoolingAllocationConfig::new();
         pool.total_component_instances(256).total_stacks(256).max_memory_size(64 << 20);
         if PoolingAllocationConfig::is_pagemap_scan_available() {
             pool.pagemap_scan(Enabled::Yes).linear_memory_keep_resident(128 << 10).table_keep_resident(64 << 10);
         }
         let mut config = Config::new();
-        config.epoch_interruption(true).consume_fuel(true).concurrency_support(false);
+        config.epoch_interruption(true).consume_fuel(metered).concurrency_support(false);
         config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
         let engine = wasmtime::Engine::new(&config).unwrap();
-        let component = Component::from_binary(&engine, &guest()).unwrap();
-        let pre = Linker::new(&engine).instantiate_pre(&component).unwrap();
-        Self { engine, pre }
+        let component = Component::from_binary(&engine, component).unwrap();
+        let mut linker = Linker::new(&engine);
+        linker.define_unknown_imports_as_traps(&component).unwrap();
+        let pre = linker.instantiate_pre(&component).unwrap();
+        Self { engine, pre, metered }
     }
 
     async fn instance(&self) -> (Store<()>, wasmtime::component::Func) {
         let mut store = Store::new(&self.engine, ());
-        store.set_fuel(FUEL).unwrap();
+        self.fuel(&mut store);
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(|_| Ok(UpdateDeadline::Yield(1)));
         let instance = self.pre.instantiate_async(&mut store).await.unwrap();
@@ -259,6 +293,12 @@ impl Raw {
         let handle = instance.get_export_index(&mut store, Some(&handler), "handle").unwrap();
         let function = instance.get_func(&mut store, handle).unwrap();
         (store, function)
+    }
+
+    fn fuel(&self, store: &mut Store<()>) {
+        if self.metered {
+            store.set_fuel(FUEL).unwrap();
+        }
     }
 
     /// Calls per second, one after the other, each of an instance of its own.
@@ -277,7 +317,7 @@ impl Raw {
         let handle = function.typed(&store).unwrap();
         let began = Instant::now();
         for _ in 0..CALLS {
-            store.set_fuel(FUEL).unwrap();
+            self.fuel(&mut store);
             assert!(called(&mut store, &handle, event).await);
         }
         per_second(CALLS, began)
