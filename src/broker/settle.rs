@@ -9,7 +9,6 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use foldhash::HashMap;
-use futures_util::stream::{self, StreamExt as _};
 use jiff::Timestamp;
 use parking_lot::{Mutex, MutexGuard};
 use rand::rngs::SmallRng;
@@ -20,9 +19,9 @@ use tokio::time::Instant;
 use super::Shared;
 use super::lanes::Binding;
 use super::service::raised;
-use crate::delivery::{Attempt, EventRecord, Fault, Next, Status, Verdict};
+use crate::delivery::{Attempt, Fault, Next, Status, Verdict};
 use crate::error::Result;
-use crate::event::{EventId, EventType, Source};
+use crate::event::{EventType, Source};
 use crate::handler::{Effects, Outcome, Publish};
 use crate::metrics::TypeMetrics;
 use crate::provider::{Append, Lease, LeaseKey, Settled, Settlement};
@@ -34,9 +33,6 @@ pub(super) const QUEUE: usize = 4_096;
 
 /// The most settlements written at once.
 const BATCH: usize = 1_024;
-
-/// How many events the store is asked about at once.
-const ASKED_AT_ONCE: usize = 16;
 
 /// How often and how long a failing store is tried before the leases are left to expire.
 const TRIES: u32 = 6;
@@ -147,12 +143,10 @@ impl Shared {
             let Some(results) = self.write(&fates, settlements).await else { return };
             (fates, results)
         };
-        let (mut refused, mut unsure, mut kind) = (Vec::new(), Vec::new(), None);
+        let (mut refused, mut kind) = (Vec::new(), None);
         for (mut fate, result) in fates.into_iter().zip(results) {
             match result {
-                Settled::Done { event_open } => {
-                    unsure.extend(self.done(&fate, event_open, self.kind(&mut kind, &fate)));
-                }
+                Settled::Done { finished } => self.done(&fate, finished, self.kind(&mut kind, &fate)),
                 Settled::Stale => self.stale(&fate),
                 Settled::Conflict { reason } => {
                     if let Some(settlement) = fate.spare.take() {
@@ -162,7 +156,6 @@ impl Shared {
                 }
             }
         }
-        self.count_unsure(unsure).await;
         self.settle_refused(refused).await;
     }
 
@@ -173,16 +166,13 @@ impl Shared {
         }
         let (fates, settlements): (Vec<Fate>, Vec<Settlement>) = refused.into_iter().unzip();
         let Some(results) = self.write(&fates, settlements).await else { return };
-        let (mut unsure, mut kind) = (Vec::new(), None);
+        let mut kind = None;
         for (fate, result) in fates.iter().zip(results) {
             match result {
-                Settled::Done { event_open } => {
-                    unsure.extend(self.done(fate, event_open, self.kind(&mut kind, fate)));
-                }
+                Settled::Done { finished } => self.done(fate, finished, self.kind(&mut kind, fate)),
                 Settled::Stale | Settled::Conflict { .. } => self.stale(fate),
             }
         }
-        self.count_unsure(unsure).await;
     }
 
     fn decide(&self, ended: Ended) -> (Fate, Settlement) {
@@ -314,12 +304,11 @@ impl Shared {
             source: event.source,
             event_type: event.event_type.clone(),
             metrics: self.metrics.of_type(event.source, &event.event_type),
-            is_for_one: self.router.matching(&event.event_type).is_ok_and(|names| names.len() <= 1),
         }))
     }
 
-    /// Counts what was applied. Gives back the event if it is finished and only the store knows how.
-    fn done(&self, fate: &Fate, event_open: bool, kind: &Kind) -> Option<Unsure> {
+    /// Counts what was applied, and tells who waits for an event that it finished.
+    fn done(&self, fate: &Fate, finished: Option<Status>, kind: &Kind) {
         self.count(fate, &kind.metrics);
         match fate.next {
             Next::Retry { after } => self.hints.due(after),
@@ -332,7 +321,10 @@ impl Shared {
             self.count_published(*source, event_type);
             self.offer(subscriptions.iter());
         }
-        if event_open { None } else { self.finished(fate, kind) }
+        if let Some(status) = finished {
+            kind.metrics.processed(status);
+            self.waiters.tell(&fate.lease.event.id);
+        }
     }
 
     fn count(&self, fate: &Fate, of_type: &TypeMetrics) {
@@ -354,28 +346,6 @@ impl Shared {
         }
     }
 
-    /// The event has no open delivery any more.
-    fn finished(&self, fate: &Fate, kind: &Kind) -> Option<Unsure> {
-        let id = &fate.lease.event.id;
-        let unsure = fate.next != Next::Fail && !kind.is_for_one;
-        if unsure {
-            return Some(Unsure { id: id.clone(), metrics: Arc::clone(&kind.metrics) });
-        }
-        kind.metrics.processed(if fate.next == Next::Fail { Status::Failed } else { Status::Completed });
-        self.waiters.tell(id);
-        None
-    }
-
-    /// Counts finished events of which another delivery may have failed: the store is asked about several at once, so that
-    /// nobody waits for as many round trips as there are events.
-    async fn count_unsure(&self, unsure: Vec<Unsure>) {
-        let count = |Unsure { id, metrics }| async move {
-            metrics.processed(self.status_of(id.as_str()).await.unwrap_or(Status::Completed));
-            self.waiters.tell(&id);
-        };
-        stream::iter(unsure).for_each_concurrent(ASKED_AT_ONCE, count).await;
-    }
-
     fn stale(&self, fate: &Fate) {
         self.totals.stale.fetch_add(1, Ordering::Relaxed);
         self.metrics.stale_settlements().inc();
@@ -391,14 +361,6 @@ type Told = (Source, EventType, Arc<[Arc<str>]>);
 struct Kind {
     source: Source,
     event_type: EventType,
-    metrics: Arc<TypeMetrics>,
-    /// Whether no more than one subscription gets them.
-    is_for_one: bool,
-}
-
-/// A finished event whose status is to be looked up, and where it counts.
-struct Unsure {
-    id: EventId,
     metrics: Arc<TypeMetrics>,
 }
 
@@ -437,11 +399,6 @@ impl Jitter {
 }
 
 impl Shared {
-    async fn status_of(&self, id: &str) -> Option<Status> {
-        let detail = self.provider.get(id).await.ok().flatten()?;
-        Some(EventRecord::derive(Arc::clone(&detail.record.event), &detail.deliveries).status)
-    }
-
     /// Gives leases back unpunished.
     pub(super) async fn release(&self, leases: Vec<Lease>) -> Result<()> {
         self.release_keys(leases.into_iter().map(|lease| lease.key).collect()).await

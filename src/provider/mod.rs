@@ -396,9 +396,10 @@ pub struct Settlement {
 pub enum Settled {
     /// Applied.
     Done {
-        /// Whether deliveries of the event are still open after this settlement: of those that end an event's last
-        /// deliveries, also within one batch, exactly one is answered `false`.
-        event_open: bool,
+        /// How the event ended, if this settlement ended it: [`Status::Completed`] or [`Status::Failed`], by all of its
+        /// deliveries. Of those that end an event's last deliveries, also within one batch, exactly one is told; `None`
+        /// for the others, and while deliveries of the event are open.
+        finished: Option<Status>,
     },
     /// The lease is no longer held: nothing changed.
     Stale,

@@ -109,6 +109,8 @@ claims! {
         a_stale_token_changes_nothing,
         a_lease_taken_away_cannot_be_settled,
         one_settlement_closes_an_event,
+        the_settlement_that_closes_an_event_is_told_how_it_ended,
+        an_event_that_is_closed_again_ends_by_all_of_its_deliveries,
         each_settlement_of_a_batch_stands_for_itself,
         what_a_success_publishes_and_writes_commits_with_it,
         published_events_are_idempotent_by_id,

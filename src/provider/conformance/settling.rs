@@ -10,13 +10,17 @@ use crate::delivery::{Attempt, Fault, INFRA_BUDGET, KvChange, LogLine, Next, Rep
 use crate::event::EventId;
 use crate::provider::{Amendment, DeadLetterFilter, Expect, Settled, Settlement};
 
+const OPEN: Settled = Settled::Done { finished: None };
+const COMPLETED: Settled = Settled::Done { finished: Some(Status::Completed) };
+const FAILED: Settled = Settled::Done { finished: Some(Status::Failed) };
+
 /// What a success leaves behind.
 pub async fn a_success_completes_delivery_and_event(scene: Scene) {
     let id = scene.add_one(&["s", "t"]).await;
     let (first, second) = (scene.claim_one("s").await, scene.claim_one("t").await);
-    assert_eq!(scene.settle(ended(&first, Next::Complete)).await, Settled::Done { event_open: true });
+    assert_eq!(scene.settle(ended(&first, Next::Complete)).await, OPEN);
     assert_eq!(scene.detail(&id).await.record.status, Status::Processing);
-    assert_eq!(scene.settle(ended(&second, Next::Complete)).await, Settled::Done { event_open: false });
+    assert_eq!(scene.settle(ended(&second, Next::Complete)).await, COMPLETED);
     let detail = scene.detail(&id).await;
     let names: Vec<&str> = detail.deliveries.iter().map(|delivery| &*delivery.subscription).collect();
     assert_eq!(names, ["s", "t"]);
@@ -71,7 +75,7 @@ pub async fn attempts_are_numbered_and_counted_by_who_is_to_blame(scene: Scene) 
         let lease = scene.claim_one("s").await;
         assert_eq!((lease.attempt, lease.number, lease.infra_faults), expected);
         let settled = scene.settle(ended_by(&lease, retry(0), verdict)).await;
-        assert_eq!(settled, Settled::Done { event_open: true });
+        assert_eq!(settled, OPEN);
     }
     let delivery = scene.delivery(&id).await;
     let numbers: Vec<u32> = delivery.attempts.iter().map(|attempt| attempt.number).collect();
@@ -148,8 +152,47 @@ pub async fn one_settlement_closes_an_event(scene: Scene) {
     let nexts = [Next::Complete, Next::Fail, Next::Complete, Next::Complete, Next::Fail, retry(0)];
     let batch = leases.iter().zip(nexts).map(|(lease, next)| ended(lease, next)).collect();
     let settled = scene.provider.settle(batch).await.unwrap();
-    let open: Vec<bool> = settled.iter().map(|one| *one == Settled::Done { event_open: true }).collect();
-    assert_eq!(open, [true, true, true, true, false, true]);
+    let mut expected = vec![OPEN; 6];
+    expected[4] = FAILED;
+    assert_eq!(settled, expected);
+}
+
+/// Whoever closes an event is told how it ended, by all of its deliveries.
+pub async fn the_settlement_that_closes_an_event_is_told_how_it_ended(scene: Scene) {
+    let ends = [
+        ([Next::Fail, Next::Complete], FAILED),
+        ([Next::Complete, Next::Fail], FAILED),
+        ([Next::Fail, Next::Fail], FAILED),
+        ([Next::Complete, Next::Complete], COMPLETED),
+    ];
+    for (nexts, closing) in ends {
+        for at_once in [true, false] {
+            scene.add(1, &["s", "t"]).await;
+            let leases = [scene.claim_one("s").await, scene.claim_one("t").await];
+            let mut batch: Vec<Settlement> = leases.iter().zip(nexts).map(|(lease, next)| ended(lease, next)).collect();
+            let mut settled = Vec::new();
+            while !batch.is_empty() {
+                let rest = batch.split_off(if at_once { 2 } else { 1 });
+                settled.extend(scene.provider.settle(std::mem::replace(&mut batch, rest)).await.unwrap());
+            }
+            assert_eq!(settled, [OPEN, closing.clone()], "{nexts:?}, at once: {at_once}");
+        }
+    }
+}
+
+/// A redriven letter that succeeds does not complete an event that has another one.
+pub async fn an_event_that_is_closed_again_ends_by_all_of_its_deliveries(scene: Scene) {
+    scene.add(1, &["s", "t"]).await;
+    for (subscription, expected) in [("s", OPEN), ("t", FAILED)] {
+        let lease = scene.claim_one(subscription).await;
+        assert_eq!(scene.settle(ended(&lease, Next::Fail)).await, expected);
+    }
+    for (subscription, expected) in [("s", FAILED), ("t", COMPLETED)] {
+        let filter = DeadLetterFilter { subscription: Some(subscription.into()), ..DeadLetterFilter::default() };
+        assert_eq!(scene.provider.amend(Amendment::Redrive(filter)).await.unwrap(), 1);
+        let lease = scene.claim_one(subscription).await;
+        assert_eq!(scene.settle(ended(&lease, Next::Complete)).await, expected);
+    }
 }
 
 /// One stale or refused settlement does not hold back its neighbours.
@@ -166,8 +209,7 @@ pub async fn each_settlement_of_a_batch_stands_for_itself(scene: Scene) {
     ];
     batch[1].key = forged(&leases[1].key);
     let settled = scene.provider.settle(batch).await.unwrap();
-    let done = Settled::Done { event_open: false };
-    assert_eq!([&settled[0], &settled[3], &settled[4]], [&done; 3]);
+    assert_eq!([&settled[0], &settled[3], &settled[4]], [&COMPLETED, &FAILED, &COMPLETED]);
     assert_eq!([&settled[1], &settled[5]], [&Settled::Stale; 2]);
     assert!(matches!(&settled[2], Settled::Conflict { reason } if reason.contains("word")), "{:?}", settled[2]);
     let stats = scene.stats().await;
@@ -187,7 +229,7 @@ pub async fn what_a_success_publishes_and_writes_commits_with_it(scene: Scene) {
         writes: vec![set("k", "v"), write("n", KvChange::Increment { by: 3 })],
         ..ended(&lease, Next::Complete)
     };
-    assert_eq!(scene.settle(settlement).await, Settled::Done { event_open: false });
+    assert_eq!(scene.settle(settlement).await, COMPLETED);
     let leases = scene.claim("t", 9).await;
     assert_eq!(leases.iter().map(|lease| lease.key.seq).collect::<Vec<_>>(), [2, 3]);
     assert_eq!((leases[0].event.caused_by.as_ref(), leases[0].event.depth), (Some(&id), 1));
@@ -205,7 +247,7 @@ pub async fn published_events_are_idempotent_by_id(scene: Scene) {
         ..ended(lease, Next::Complete)
     };
     let settled = scene.provider.settle(vec![publishes(&leases[0]), publishes(&leases[1])]).await.unwrap();
-    assert_eq!(settled, [Settled::Done { event_open: false }, Settled::Done { event_open: false }]);
+    assert_eq!(settled, [COMPLETED, COMPLETED]);
     assert_eq!(scene.claim("t", 9).await.len(), 1);
     assert_eq!(scene.stats().await.head_seq, 4);
 }
@@ -222,7 +264,7 @@ pub async fn increments_at_once_lose_nothing(scene: Scene) {
             for lease in mine {
                 let by = i64::try_from(lease.key.seq).unwrap();
                 let writes = vec![write("sum", KvChange::Increment { by }), write("n", KvChange::Increment { by: 1 })];
-                assert_eq!(scene.settle(success_with(&lease, writes)).await, Settled::Done { event_open: false });
+                assert_eq!(scene.settle(success_with(&lease, writes)).await, COMPLETED);
             }
         }));
     }
@@ -270,7 +312,7 @@ pub async fn writes_of_one_success_see_each_other(scene: Scene) {
         write("o", KvChange::Increment { by: 4 }),
     ];
     let settled = scene.settle(success_with(&scene.claim_one("s").await, writes)).await;
-    assert_eq!(settled, Settled::Done { event_open: false });
+    assert_eq!(settled, COMPLETED);
     let texts = [scene.text("b", "n").await, scene.text("b", "m").await, scene.text("b", "o").await];
     assert_eq!(texts.map(Option::unwrap), ["15", "2", "4"]);
     assert_eq!((scene.text("b", "gone").await, scene.text("b", "absent").await), (None, None));

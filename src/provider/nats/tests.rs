@@ -72,7 +72,7 @@ use std::collections::BTreeSet;
 use futures_util::StreamExt as _;
 
 use super::core::Saved;
-use crate::delivery::{Attempt, LogLine, Next};
+use crate::delivery::{Attempt, LogLine, Next, Status};
 use crate::event::{Event, Payload, Source};
 use crate::provider::{Examine as _, Lease, Severity, Want, rules};
 use crate::subscription::Ordering as Turn;
@@ -245,7 +245,7 @@ async fn an_event_and_a_record_larger_than_a_message_are_several() {
     let log = vec![LogLine { level: 2, message: "u".repeat(3 << 20), fields: Vec::new() }];
     settlement.attempt.as_mut().unwrap().trace.log.clone_from(&log);
     settlement.published = vec![published.clone()];
-    assert_eq!(provider.settle(vec![settlement]).await.unwrap(), [Settled::Done { event_open: false }]);
+    assert_eq!(provider.settle(vec![settlement]).await.unwrap(), [Settled::Done { finished: Some(Status::Completed) }]);
     provider.shared.save().await.unwrap();
     for provider in [provider, place.provider().await] {
         let detail = provider.get(&id).await.unwrap().unwrap();

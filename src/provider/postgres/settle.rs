@@ -13,7 +13,7 @@ use super::row::{COMPLETED, FAILED, READY, WAITING, as_micros, signed, stored_co
 use super::session::Session;
 use super::trouble::Step;
 use super::{Store, Turns};
-use crate::delivery::{Attempt, Next, Verdict};
+use crate::delivery::{Attempt, Next, Status, Verdict};
 use crate::provider::{Append, Settled, Settlement};
 
 // Only a lease has a token. That it is one is not said beside: the server would take it as leave to go through all leases,
@@ -24,7 +24,7 @@ const HELD: &str = "SELECT d.seq, d.subscription, d.token FROM unnest($1::bigint
     WHERE d.token = i.token ORDER BY d.seq, d.subscription FOR UPDATE OF d";
 
 /// Ends leases that are held, records the attempts, and counts what that means for events with several deliveries.
-/// Answers with the leases that were held, and then with how many deliveries of such events are open.
+/// Answers with the leases that were held, and then with how many deliveries of such events are open and have failed.
 const END: &str = "WITH now AS MATERIALIZED (SELECT {now} AS at), \
     ended AS (UPDATE {s}.deliveries d SET stage = i.stage, due = coalesce(now.at + i.delay, d.due), \
         completed_at = CASE WHEN i.stage >= 3 THEN now.at END, retry_count = d.retry_count + (i.cost IN (1, 2))::int, \
@@ -42,8 +42,8 @@ const END: &str = "WITH now AS MATERIALIZED (SELECT {now} AS at), \
         begun = p.begun - e.unbegun FROM (SELECT seq, count(*) FILTER (WHERE stage >= 3) AS closed, \
         count(*) FILTER (WHERE stage = 4) AS failed, count(*) FILTER (WHERE cost = 3 AND fresh) AS unbegun FROM ended \
         WHERE NOT alone AND (stage >= 3 OR cost = 3) GROUP BY seq ORDER BY seq) e WHERE p.seq = e.seq \
-        RETURNING p.seq, p.open) \
-    SELECT n, seq, alone, NULL::int FROM ended UNION ALL SELECT NULL, seq, NULL, open FROM shifted";
+        RETURNING p.seq, p.open, p.failed) \
+    SELECT n, seq, alone, NULL::int, NULL::int FROM ended UNION ALL SELECT NULL, seq, NULL, open, failed FROM shifted";
 
 /// What another attempt is counted as.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -235,7 +235,7 @@ impl Session<'_> {
         let mut sorted: Vec<(usize, End)> = ends;
         sorted.sort_by_key(|(_, end)| end.place());
         let (places, ends): (Vec<usize>, Vec<End>) = sorted.into_iter().unzip();
-        let Ended { held, open } = self.end(&ends).await?;
+        let Ended { held, shared } = self.end(&ends).await?;
         let mut applied: Vec<(usize, &End, bool)> = places
             .iter()
             .zip(&ends)
@@ -245,10 +245,16 @@ impl Session<'_> {
         applied.sort_by_key(|&(at, ..)| std::cmp::Reverse(at));
         let mut closed = HashSet::new();
         for (at, end, is_alone) in applied {
-            let others_open = !is_alone && open.get(&end.seq).is_some_and(|&open| open > 0);
-            let event_open = end.is_open() || others_open || !closed.insert(end.seq);
+            let status = match shared.get(&end.seq).filter(|_| !is_alone) {
+                _ if end.is_open() => None,
+                Some(&(open, _)) if open > 0 => None,
+                Some(&(_, failed)) if failed > 0 => Some(Status::Failed),
+                None if end.stage == FAILED => Some(Status::Failed),
+                Some(_) | None => Some(Status::Completed),
+            };
+            let finished = status.filter(|_| closed.insert(end.seq));
             if let Some(answer) = answers.get_mut(at) {
-                *answer = Settled::Done { event_open };
+                *answer = Settled::Done { finished };
             }
         }
         Ok(answers)
@@ -277,7 +283,7 @@ impl Session<'_> {
         for row in self.rows(statement).await? {
             match row.try_get::<Option<i64>, _>(0)? {
                 Some(n) => drop(ended.held.insert(usize::try_from(n).unwrap_or(0).saturating_sub(1), row.try_get(2)?)),
-                None => drop(ended.open.insert(row.try_get(1)?, row.try_get(3)?)),
+                None => drop(ended.shared.insert(row.try_get(1)?, (row.try_get(3)?, row.try_get(4)?))),
             }
         }
         Ok(ended)
@@ -293,6 +299,6 @@ fn end(settlement: &Settlement, (seq, subscription, token): Key) -> End {
 pub(super) struct Ended {
     /// Which of them were held, by their place in the list, and whether each was its event's only delivery.
     held: HashMap<usize, bool>,
-    /// Of events with several deliveries: how many are open now.
-    open: BTreeMap<i64, i32>,
+    /// Of events with several deliveries: how many are open now, and how many have failed.
+    shared: BTreeMap<i64, (i32, i32)>,
 }

@@ -9,7 +9,7 @@ mod outage;
 use std::sync::atomic::AtomicI64;
 
 use super::*;
-use crate::delivery::{Attempt, Next};
+use crate::delivery::{Attempt, Next, Status};
 use crate::event::{Event, Payload, Source};
 use crate::provider::conformance::{Fixture, Scene, claims};
 use crate::provider::inbox::InboxRow;
@@ -297,9 +297,9 @@ async fn an_event_that_gets_company_is_closed_by_its_last_delivery() {
     let second = provider.claim(&request("late", 1, Turn::None)).await.unwrap().leases.remove(0);
     assert_eq!(provider.stats().await.unwrap().processing_events, 1);
     let open = async |lease: &Lease, next| provider.settle(vec![ended(lease, next)]).await.unwrap().remove(0);
-    assert_eq!(open(&first, Next::Fail).await, Settled::Done { event_open: true });
+    assert_eq!(open(&first, Next::Fail).await, Settled::Done { finished: None });
     assert_eq!(provider.stats().await.unwrap().processing_events, 1);
-    assert_eq!(open(&second, Next::Complete).await, Settled::Done { event_open: false });
+    assert_eq!(open(&second, Next::Complete).await, Settled::Done { finished: Some(Status::Failed) });
     let stats = provider.stats().await.unwrap();
     assert_eq!((stats.failed_events, stats.processing_events, stats.dead_letters), (1, 0, 1));
 }

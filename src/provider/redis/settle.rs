@@ -7,7 +7,7 @@ use redis::{Cmd, Value};
 use super::append::{Lists, write_event};
 use super::link::Script;
 use super::{RedisProvider, as_micros, row};
-use crate::delivery::{KvChange, KvWrite, Next};
+use crate::delivery::{KvChange, KvWrite, Next, Status};
 use crate::error::Result;
 use crate::provider::{Settled, Settlement, rules};
 
@@ -118,8 +118,9 @@ fn read(batch: &[Settlement], answer: Value) -> Option<Vec<Settled>> {
     let mut conflicts = row::list(parts.next()?).into_iter();
     let settled = batch.iter().zip(letters).map(|(settlement, letter)| {
         Some(match letter {
-            b'o' => Settled::Done { event_open: true },
-            b'd' => Settled::Done { event_open: false },
+            b'o' => Settled::Done { finished: None },
+            b'c' => Settled::Done { finished: Some(Status::Completed) },
+            b'f' => Settled::Done { finished: Some(Status::Failed) },
             b'x' => {
                 let mut part = || conflicts.next();
                 let (_place, write, why, stored) = (part()?, row::number(part()?), row::text(part()?), part()?);

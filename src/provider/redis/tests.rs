@@ -143,7 +143,7 @@ async fn a_large_batch_is_settled_whole() {
     provider.append(appends(1_025)).await.unwrap();
     let leases = claim(&provider, 2_000).await;
     let batch: Vec<_> = leases.into_iter().map(|lease| ended(lease, Next::Complete)).collect();
-    assert_eq!(provider.settle(batch).await.unwrap(), vec![Settled::Done { event_open: false }; 1_025]);
+    assert_eq!(provider.settle(batch).await.unwrap(), vec![Settled::Done { finished: Some(Status::Completed) }; 1_025]);
 }
 
 /// A server that forgot the scripts is taught them again, in the middle of work.
@@ -157,7 +157,7 @@ async fn a_server_without_the_scripts_is_taught_them() {
     let leases = claim(&provider, 9).await;
     raw(&server, &["SCRIPT", "FLUSH"]).await;
     let batch = leases.into_iter().map(|lease| ended(lease, Next::Complete)).collect();
-    assert_eq!(provider.settle(batch).await.unwrap(), vec![Settled::Done { event_open: false }; 4]);
+    assert_eq!(provider.settle(batch).await.unwrap(), vec![Settled::Done { finished: Some(Status::Completed) }; 4]);
 }
 
 /// FACTS: after FLUSHALL cursors are ahead of the log, and the epoch says so.
@@ -342,7 +342,7 @@ async fn a_server_without_memory_refuses_events_and_settles_those_it_has() {
     let leases = claim(&provider, 999).await;
     assert_eq!(leases.len() as u64, stats.total_events);
     let done = provider.settle(leases.into_iter().map(|lease| ended(lease, Next::Complete)).collect()).await.unwrap();
-    assert!(done.iter().all(|one| *one == Settled::Done { event_open: false }));
+    assert!(done.iter().all(|one| *one == Settled::Done { finished: Some(Status::Completed) }));
     let retention = Retention { max_age: None, max_events: Some(0) };
     assert_eq!(provider.prune(&retention).await.unwrap(), stats.total_events);
     let next = provider.append(big()).await.unwrap()[0].seq;
@@ -465,7 +465,10 @@ async fn what_is_too_much_for_one_step_takes_several() {
     for one in batch.iter_mut().take(1_300) {
         one.next = Next::Fail;
     }
-    assert_eq!(provider.settle(batch).await.unwrap(), vec![Settled::Done { event_open: false }; 2_500]);
+    let settled = provider.settle(batch).await.unwrap();
+    let (failed, completed) = settled.split_at(1_300);
+    assert!(failed.iter().all(|one| *one == Settled::Done { finished: Some(Status::Failed) }));
+    assert_eq!(completed, vec![Settled::Done { finished: Some(Status::Completed) }; 1_200]);
     assert_eq!(provider.amend(Amendment::Redrive(DeadLetterFilter::default())).await.unwrap(), 1_300);
     let retention = Retention { max_age: None, max_events: Some(100) };
     assert_eq!(provider.prune(&retention).await.unwrap(), 1_200, "what is open stays");

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use sqlx::{Row as _, SqliteConnection};
 
-use super::row::{COMPLETED, FAILED, READY, SUBSCRIPTION_BITS, WAITING, delivery_id};
+use super::row::{COMPLETED, FAILED, READY, SUBSCRIPTION_BITS, WAITING, delivery_id, event_status};
 use super::statement::{Parameters, Values, json_list};
 use super::writer::{Step, Trouble, Tx, as_micros};
-use crate::delivery::{Attempt, Next};
+use crate::delivery::{Attempt, Next, Status};
 use crate::provider::{Append, Settled, Settlement};
 
 const HELD: Values = Values {
@@ -135,13 +135,14 @@ impl Tx<'_> {
             }
         }
         let (places, ends): (Vec<usize>, Vec<End>) = ends.into_iter().unzip();
-        let open = self.end(&ends).await?;
+        let unfinished = self.end(&ends).await?;
         let mut closed = HashSet::new();
         for (at, end) in places.into_iter().zip(&ends).rev() {
             // Of an event's ends in one batch, the last is the one that closed it.
-            let event_open = open.contains(&end.seq()) || !closed.insert(end.seq());
+            let status = unfinished.get(&end.seq()).copied().unwrap_or(Status::Completed);
+            let finished = (status.is_terminal() && closed.insert(end.seq())).then_some(status);
             if let Some(answer) = answers.get_mut(at) {
-                *answer = Settled::Done { event_open };
+                *answer = Settled::Done { finished };
             }
         }
         if !published.is_empty() {
@@ -161,8 +162,8 @@ impl Tx<'_> {
         Ok(held.collect::<sqlx::Result<_>>()?)
     }
 
-    /// Applies ends, and returns the events that are still open.
-    pub(super) async fn end(&mut self, ends: &[End]) -> Step<HashSet<i64>> {
+    /// Applies ends, and returns the events that are not completed, with their statuses.
+    pub(super) async fn end(&mut self, ends: &[End]) -> Step<HashMap<i64, Status>> {
         if END.execute(self.connection, ends, |end, to| end.bind(to)).await? < ends.len() as u64 {
             return Err(Trouble::Careful);
         }
@@ -183,10 +184,13 @@ impl Tx<'_> {
     }
 }
 
-/// Changes the counts of events, and returns those that are still open.
-async fn shift(connection: &mut SqliteConnection, shifts: &BTreeMap<i64, [i64; 3]>) -> sqlx::Result<HashSet<i64>> {
+/// Changes the counts of events, and returns those that are not completed, with their statuses.
+async fn shift(
+    connection: &mut SqliteConnection,
+    shifts: &BTreeMap<i64, [i64; 3]>,
+) -> sqlx::Result<HashMap<i64, Status>> {
     if shifts.is_empty() {
-        return Ok(HashSet::new());
+        return Ok(HashMap::new());
     }
     let seqs = json_list(shifts.keys().copied());
     if shifts.values().all(|shift| *shift == [-1, 0, 0]) {
@@ -194,7 +198,7 @@ async fn shift(connection: &mut SqliteConnection, shifts: &BTreeMap<i64, [i64; 3
         let last = "DELETE FROM progress WHERE seq IN (SELECT value FROM json_each(?)) AND open = 1 AND failed = 0";
         let done = sqlx::query(last).bind(&*seqs).execute(&mut *connection).await?.rows_affected();
         if done == shifts.len() as u64 {
-            return Ok(HashSet::new());
+            return Ok(HashMap::new());
         }
     }
     let rows: Vec<(i64, [i64; 3])> = shifts.iter().map(|(&seq, &shift)| (seq, shift)).collect();
@@ -204,7 +208,7 @@ async fn shift(connection: &mut SqliteConnection, shifts: &BTreeMap<i64, [i64; 3
     SHIFT.execute(&mut *connection, &rows, bind).await?;
     let done = "DELETE FROM progress WHERE seq IN (SELECT value FROM json_each(?)) AND open = 0 AND failed = 0";
     sqlx::query(done).bind(&*seqs).execute(&mut *connection).await?;
-    let open = "SELECT seq FROM progress WHERE seq IN (SELECT value FROM json_each(?)) AND open > 0";
-    let open: Vec<i64> = sqlx::query_scalar(open).bind(&*seqs).fetch_all(&mut *connection).await?;
-    Ok(open.into_iter().collect())
+    let left = "SELECT seq, status FROM progress WHERE seq IN (SELECT value FROM json_each(?))";
+    let left = sqlx::query(left).bind(&*seqs).fetch_all(&mut *connection).await?;
+    left.iter().map(|row| Ok((row.try_get(0)?, event_status(row.try_get(1)?)))).collect()
 }

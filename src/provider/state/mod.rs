@@ -283,7 +283,7 @@ impl State {
         let Some(index) = self.held(&key) else { return Settled::Stale };
         if next != Next::Complete {
             self.end(index, key.seq, next, attempt, now);
-            return Settled::Done { event_open: self.is_open(key.seq) };
+            return Settled::Done { finished: self.finished(key.seq) };
         }
         let changes = match self.shelf.plan(&writes, now) {
             Ok(changes) => changes,
@@ -296,15 +296,16 @@ impl State {
         }
         self.shelf.apply(changes);
         self.end(index, key.seq, next, attempt, now);
-        let event_open = self.is_open(key.seq);
+        let finished = self.finished(key.seq);
         for append in published {
             self.append_one(append, now);
         }
-        Settled::Done { event_open }
+        Settled::Done { finished }
     }
 
-    fn is_open(&self, seq: Seq) -> bool {
-        self.log.get(seq).is_some_and(log::Slot::is_open)
+    /// How an event ended that has no open delivery.
+    fn finished(&self, seq: Seq) -> Option<Status> {
+        self.log.get(seq).filter(|slot| !slot.is_open()).map(log::Slot::status)
     }
 
     /// Ends a claim and lines the delivery up again, or the next one of its key.

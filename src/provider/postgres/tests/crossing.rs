@@ -101,7 +101,7 @@ async fn workers_and_operators_of_two_instances_get_on_with_each_other() {
     assert!(!Postgres::shared().log().contains("deadlock detected"));
 }
 
-/// Two workers that end the last two deliveries of an event at once: exactly one of them is told that it closed it.
+/// Two workers that end the last two deliveries of an event at once: exactly one of them is told that it closed it, and how.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn of_two_that_close_an_event_at_once_one_is_told() {
     let schema = Schema::new();
@@ -111,13 +111,13 @@ async fn of_two_that_close_an_event_at_once_one_is_told() {
     for subscription in ["s", "t"] {
         for lease in provider.claim(&request(subscription, 99, Turn::None)).await.unwrap().leases {
             let provider = Arc::clone(&provider);
-            tasks
-                .push(tokio::spawn(async move { provider.settle(vec![ended(&lease, Next::Complete)]).await.unwrap() }));
+            let next = if subscription == "s" { Next::Fail } else { Next::Complete };
+            tasks.push(tokio::spawn(async move { provider.settle(vec![ended(&lease, next)]).await.unwrap() }));
         }
     }
     let mut closed = 0;
     for task in tasks {
-        closed += usize::from(task.await.unwrap() == [Settled::Done { event_open: false }]);
+        closed += usize::from(task.await.unwrap() == [Settled::Done { finished: Some(Status::Failed) }]);
     }
     assert_eq!(closed, 40);
 }

@@ -2,8 +2,8 @@
 -- the number of settlements and the number of names, the names of their subscriptions, and of each settlement: the place
 -- of its name, seq, token, kind (c, f, r or l), delay, 1 for an infrastructure fault, the attempt's number, its record, 1
 -- for a success whose writes can never be applied, the number of writes and of published events, then these. Answers with a
--- letter each: o(pen event), d(one, event closed), s(tale), x (conflict); then of each conflict its place, the write's
--- place, why, and what is stored.
+-- letter each: o(pen event), c(ompleted event) or f(ailed event) for what closed it, s(tale), x (conflict); then of each
+-- conflict its place, the write's place, why, and what is stored.
 
 local chosen, at = read_lists(4)
 local total, name_count = tonumber(ARGV[at]), tonumber(ARGV[at + 1])
@@ -124,7 +124,9 @@ for i, one in ipairs(ends) do
         record(sub, seq, d, tonumber(ARGV[from + 6]), pack('<B', 1) .. ARGV[from + 7])
       end
       end_claim(sub, seq, d, kind, now + tonumber(ARGV[from + 4]), ARGV[from + 5] == '1')
-      answers[i] = (progress[seq][1] > 0) and 'o' or 'd'
+      local p = progress[seq]
+      local as = status(p[1], p[2], p[3])
+      answers[i] = (as == 'c' or as == 'f') and as or 'o'
       if kind == 'c' then
         for event = 1, one.published do
           published[#published + 1] = from + 11 + 4 * one.writes + 7 * (event - 1)
