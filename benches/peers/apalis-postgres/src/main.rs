@@ -1,5 +1,10 @@
 //! apalis-postgres, with its lock on each job: a payload of about 300 bytes.
 //!
+//! The lock is on, as it is by default: `get_jobs` takes a batch in the worker's name, and a middleware asks for another
+//! `UPDATE` of each job when its handler begins. Since 1.0 these requests are gathered together with the results, and the one
+//! for a job whose result is in the same batch is left out. So a handler that takes no time, as in `drain`, never has its
+//! jobs locked by a statement of their own, and 20,000 jobs take 40 statements to claim and 40 to complete.
+//!
 //! `publish URL N` pushes N jobs from 32 callers, one each at a time; `drain URL N` handles N jobs that were pushed before,
 //! in batches of 500; both print work per second. `pace URL N` pushes N jobs, 50 a second, each with the time at which it
 //! was sent; `work URL N` hears of them by NOTIFY, prints `ready` first, and for each the milliseconds that it took.
@@ -31,7 +36,7 @@ async fn open(url: &str) -> PgPool {
 }
 
 fn storage(pool: &PgPool, batch: usize) -> PostgresStorage<String> {
-    PostgresStorage::new(pool).with_config(Config::default().queue(QUEUE).batch_size(batch))
+    PostgresStorage::new(pool).with_config(Config::default().queue(QUEUE).batch_size(batch).lock_tasks(true))
 }
 
 async fn publish(pool: &PgPool, count: usize) -> f64 {
