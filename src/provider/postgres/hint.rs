@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::AssertSqlSafe;
-use sqlx::postgres::PgPool;
 use tokio::sync::Notify;
 use tokio::time::sleep;
+
+use super::lend::Connections;
 
 /// How long writes are gathered after a hint. The first one after a quiet time is told at once. Who hears looks no more
 /// often than this: telling less often would only let events wait that come at an even pace.
@@ -19,7 +20,7 @@ const DEBOUNCE: Duration = Duration::from_millis(5);
 /// How hints of a store are sent.
 #[derive(Clone)]
 pub(super) struct Mouth {
-    pub(super) pool: PgPool,
+    pub(super) connections: Arc<Connections>,
     /// The schema's name: replicas of one store hear each other and nobody else.
     pub(super) channel: Arc<str>,
     /// Who says it: random, and another one in every process.
@@ -27,15 +28,18 @@ pub(super) struct Mouth {
 }
 
 impl Mouth {
-    pub(super) fn new(pool: PgPool, schema: &str) -> Self {
-        Self { pool, channel: schema.into(), own: uuid::Uuid::new_v4().simple().to_string().into() }
+    pub(super) fn new(connections: Arc<Connections>, schema: &str) -> Self {
+        Self { connections, channel: schema.into(), own: uuid::Uuid::new_v4().simple().to_string().into() }
     }
 
     /// Sends one hint.
     pub(super) async fn say(&self) -> sqlx::Result<()> {
         // Plain text, in one step: behind a pooler a second one could meet another connection. Both names are ours.
         let text = format!("NOTIFY \"{}\", '{}'", self.channel, self.own);
-        sqlx::raw_sql(AssertSqlSafe(text)).execute(&self.pool).await.map(drop)
+        let mut lent = self.connections.lend().await?;
+        sqlx::raw_sql(AssertSqlSafe(text)).execute(lent.connection()?).await?;
+        lent.give_back();
+        Ok(())
     }
 
     /// Sends hints of what is written until the store is closed.
@@ -49,7 +53,7 @@ impl Mouth {
                 sleep(DEBOUNCE).await;
             }
         };
-        let ended: sqlx::Result<()> = self.pool.close_event().do_until(saying).await;
+        let ended: sqlx::Result<()> = self.connections.pool.close_event().do_until(saying).await;
         drop(ended);
     }
 }

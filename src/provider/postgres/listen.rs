@@ -14,6 +14,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use super::hint::Mouth;
+use super::lend::Connections;
 
 /// How long to wait before a lost connection is made anew: at first, and at most. Doubled every time.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
@@ -76,8 +77,8 @@ pub(super) struct Relay {
 
 impl Relay {
     /// Begins to listen and to tell, and waits a moment to know whether hints come through.
-    pub(super) async fn start(pool: &PgPool, schema: &str, wake: &watch::Sender<u64>) -> Self {
-        let (written, mouth) = (Arc::new(Notify::new()), Mouth::new(pool.clone(), schema));
+    pub(super) async fn start(connections: &Arc<Connections>, schema: &str, wake: &watch::Sender<u64>) -> Self {
+        let (written, mouth) = (Arc::new(Notify::new()), Mouth::new(Arc::clone(connections), schema));
         let (told, mut ears) = watch::channel(Ears::default());
         let ear = Ear { mouth: mouth.clone(), wake: wake.clone(), ears: told };
         let tasks = [tokio::spawn(ear.run()), tokio::spawn(mouth.run(Arc::clone(&written)))];
@@ -117,7 +118,7 @@ impl Ear {
     /// Listens until the store is closed.
     async fn run(self) {
         // Also while it waits to connect again.
-        drop(self.mouth.pool.close_event().do_until(self.listen()).await);
+        drop(self.mouth.connections.pool.close_event().do_until(self.listen()).await);
         self.becomes(Hearing::Away);
     }
 
@@ -145,7 +146,7 @@ impl Ear {
     /// A connection that listens, and hears.
     async fn begin(&self) -> Result<PgListener, Failure> {
         let connecting = async {
-            let mut listener = PgListener::connect_with(&lone_pool(&self.mouth.pool)).await?;
+            let mut listener = PgListener::connect_with(&lone_pool(&self.mouth.connections.pool)).await?;
             listener.ignore_pool_close_event(true);
             // It would connect again by itself, with a pause in which hints are lost.
             listener.eager_reconnect(false);

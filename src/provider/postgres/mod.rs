@@ -12,6 +12,7 @@ mod documents;
 mod examine;
 mod front;
 mod hint;
+mod lend;
 mod listen;
 mod names;
 mod open;
@@ -33,11 +34,11 @@ use bytes::Bytes;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
 use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
-use sqlx::postgres::PgPool;
 use tokio::sync::watch as channel;
 
 use self::append::Numbers;
 use self::front::Fronts;
+use self::lend::Connections;
 use self::listen::Relay;
 use self::trouble::{Step, Turns};
 use super::finding::Opening;
@@ -120,7 +121,7 @@ pub struct PostgresProvider {
 
 /// What every call needs.
 struct Store {
-    pool: PgPool,
+    connections: Arc<Connections>,
     /// Quoted.
     schema: String,
     /// Server, database and user.
@@ -174,8 +175,10 @@ impl PostgresProvider {
         let every = options.poll_interval.max(Duration::from_millis(1));
         let (names, fronts) = (Mutex::default(), Mutex::default());
         let (wake, is_closed) = (channel::Sender::new(0), AtomicBool::new(false));
-        let relay = Relay::start(&pool, &options.schema, &wake).await;
-        let store = Store { pool, schema, place, server, limit, clock, names, fronts, wake, relay, is_closed, options };
+        let connections = Arc::new(Connections::new(pool, options.max_connections, options.acquire_timeout));
+        let relay = Relay::start(&connections, &options.schema, &wake).await;
+        let store =
+            Store { connections, schema, place, server, limit, clock, names, fronts, wake, relay, is_closed, options };
         let store = Arc::new(store);
         tokio::spawn(watch::run(Arc::downgrade(&store), every));
         Ok(Self { store })
@@ -292,7 +295,7 @@ impl Provider for PostgresProvider {
         if self.store.is_closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        if tokio::time::timeout(GRACE, self.store.pool.close()).await.is_err() {
+        if tokio::time::timeout(GRACE, self.store.connections.close()).await.is_err() {
             tracing::warn!("connections were still busy when the store was closed");
         }
         self.store.tick();

@@ -20,9 +20,6 @@ const OLDEST: i32 = 140_000;
 /// How long one migration may take, and how long a replica waits for another's.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// A connection that has not been used for this long is tried before it is used.
-const STALE: Duration = Duration::from_secs(1);
-
 /// How long to leave a server alone that is still starting.
 const STARTING: Duration = Duration::from_millis(100);
 
@@ -120,14 +117,6 @@ fn pool(options: &Options, connect: PgConnectOptions) -> PgPool {
         .max_connections(options.max_connections)
         .acquire_timeout(options.acquire_timeout)
         .test_before_acquire(false)
-        .before_acquire(|connection, meta| {
-            Box::pin(async move {
-                if meta.idle_for > STALE {
-                    connection.ping().await?;
-                }
-                Ok(true)
-            })
-        })
         .after_connect(move |connection, _| {
             let settings = settings.clone();
             Box::pin(async move {

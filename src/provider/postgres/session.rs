@@ -7,12 +7,12 @@
 use std::time::Duration;
 
 use sqlx::AssertSqlSafe;
-use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgArguments, PgRow, Postgres};
 use sqlx::query::Query;
 use tokio::time::timeout;
 
 use super::Store;
+use super::lend::Lent;
 use super::trouble::{Step, Trouble};
 
 /// A statement with what is bound to it.
@@ -21,18 +21,16 @@ pub(super) type Statement<'q> = Query<'q, Postgres, PgArguments>;
 /// A connection for one call.
 pub(super) struct Session<'a> {
     pub(super) store: &'a Store,
-    connection: PoolConnection<Postgres>,
+    lent: Lent<'a>,
     limit: Duration,
     in_transaction: bool,
-    /// Whether the connection may be used by others afterwards.
-    is_clean: bool,
 }
 
 impl Store {
-    /// A connection of the pool.
+    /// A connection.
     pub(super) async fn session(&self) -> Step<Session<'_>> {
-        let connection = self.pool.acquire().await?;
-        Ok(Session { store: self, connection, limit: self.limit, in_transaction: false, is_clean: false })
+        let lent = self.connections.lend().await?;
+        Ok(Session { store: self, lent, limit: self.limit, in_transaction: false })
     }
 
     /// A statement. `{s}` stands for the schema, and `{now}` for the time, which is the first parameter where a test
@@ -53,7 +51,7 @@ impl Session<'_> {
     /// All rows that a statement answers.
     pub(super) async fn rows(&mut self, statement: Statement<'_>) -> Step<Vec<PgRow>> {
         let is_single = self.begin_single().await?;
-        let fetched = timeout(self.limit, statement.fetch_all(&mut *self.connection)).await;
+        let fetched = timeout(self.limit, statement.fetch_all(self.lent.connection()?)).await;
         let rows = fetched.map_err(|_| Trouble::Late(self.limit))??;
         self.commit_single(is_single).await?;
         Ok(rows)
@@ -67,7 +65,7 @@ impl Session<'_> {
     /// How many rows a statement changed.
     pub(super) async fn execute(&mut self, statement: Statement<'_>) -> Step<u64> {
         let is_single = self.begin_single().await?;
-        let executed = timeout(self.limit, statement.execute(&mut *self.connection)).await;
+        let executed = timeout(self.limit, statement.execute(self.lent.connection()?)).await;
         let changed = executed.map_err(|_| Trouble::Late(self.limit))??.rows_affected();
         self.commit_single(is_single).await?;
         Ok(changed)
@@ -89,8 +87,8 @@ impl Session<'_> {
 
     /// Executes text without parameters, several statements at once if need be.
     async fn plain(&mut self, text: &str) -> Step<()> {
-        let executed =
-            timeout(self.limit, sqlx::raw_sql(AssertSqlSafe(text.to_owned())).execute(&mut *self.connection)).await;
+        let statement = sqlx::raw_sql(AssertSqlSafe(text.to_owned()));
+        let executed = timeout(self.limit, statement.execute(self.lent.connection()?)).await;
         executed.map_err(|_| Trouble::Late(self.limit))??;
         Ok(())
     }
@@ -136,18 +134,12 @@ impl Session<'_> {
     /// Ends the call: what it began and did not commit is undone, and the connection goes back if it is in order.
     pub(super) async fn finish<T>(mut self, result: Step<T>) -> Step<T> {
         let spared = result.as_ref().err().is_none_or(Trouble::spares_connection);
-        self.is_clean = spared && (!self.in_transaction || self.plain("ROLLBACK").await.is_ok());
+        if spared && (!self.in_transaction || self.plain("ROLLBACK").await.is_ok()) {
+            self.lent.give_back();
+        }
         result
     }
 }
 
 /// How much longer than other statements an operator's may take.
 const OPERATING: u32 = 10;
-
-impl Drop for Session<'_> {
-    fn drop(&mut self) {
-        if !self.is_clean {
-            self.connection.close_on_drop();
-        }
-    }
-}

@@ -5,6 +5,7 @@ mod examine;
 mod inbox;
 mod opening;
 mod outage;
+mod thrift;
 
 use std::sync::atomic::AtomicI64;
 
