@@ -22,16 +22,19 @@ const APPEND: &str = "WITH now AS MATERIALIZED (SELECT {now} AS at), \
         session_id, instance_id, schema, entity, operation, trace_parent, caused_by, metadata, content_type, payload) \
         SELECT h.base + i.n, i.created_at, now.at, i.depth, i.source, i.id, i.type, i.key, i.user_id, i.session_id, \
         i.instance_id, i.schema, i.entity, i.operation, i.trace_parent, i.caused_by, i.metadata, i.content_type, i.payload \
-        FROM head h CROSS JOIN now CROSS JOIN unnest($3::text[], $4::text[], $5::smallint[], $6::bigint[], $7::int[], \
-        $8::text[], $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[], $15::text[], \
-        $16::text[], $17::text[], $18::text[], $19::bytea[]) WITH ORDINALITY AS i(id, type, source, created_at, depth, \
+        FROM head h CROSS JOIN now CROSS JOIN unnest((SELECT $3::text[]), (SELECT $4::text[]), (SELECT $5::smallint[]), \
+        (SELECT $6::bigint[]), (SELECT $7::int[]), (SELECT $8::text[]), (SELECT $9::text[]), (SELECT $10::text[]), \
+        (SELECT $11::text[]), (SELECT $12::text[]), (SELECT $13::text[]), (SELECT $14::text[]), (SELECT $15::text[]), \
+        (SELECT $16::text[]), (SELECT $17::text[]), (SELECT $18::text[]), (SELECT $19::bytea[])) WITH ORDINALITY \
+        AS i(id, type, source, created_at, depth, \
         key, user_id, session_id, instance_id, schema, entity, operation, trace_parent, caused_by, metadata, \
         content_type, payload, n)), \
     deliveries AS (INSERT INTO {s}.deliveries (seq, subscription, due, key, alone) \
         SELECT h.base + i.n, i.subscription, now.at, i.key, i.alone FROM head h CROSS JOIN now \
-        CROSS JOIN unnest($20::bigint[], $21::int[], $22::text[], $23::bool[]) AS i(n, subscription, key, alone)), \
+        CROSS JOIN unnest((SELECT $20::bigint[]), (SELECT $21::int[]), (SELECT $22::text[]), (SELECT $23::bool[])) \
+        AS i(n, subscription, key, alone)), \
     progress AS (INSERT INTO {s}.progress (seq, open) SELECT h.base + i.n, i.open FROM head h \
-        CROSS JOIN unnest($24::bigint[], $25::int[]) AS i(n, open)) \
+        CROSS JOIN unnest((SELECT $24::bigint[]), (SELECT $25::int[])) AS i(n, open)) \
     SELECT base FROM head";
 
 const KNOWN: &str = "SELECT e.id, e.seq, d.open, d.begun, d.failed FROM unnest($1::text[]) AS i(id) \

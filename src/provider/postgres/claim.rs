@@ -36,11 +36,11 @@ macro_rules! lease {
         ", leased AS (UPDATE {s}.deliveries d SET stage = 2, token = $4 # ((d.seq << 20) | d.subscription), \
           claimed_at = now.at, lease_end = now.at + $3, worker = $2, fresh = d.started_at IS NULL, \
           started_at = coalesce(d.started_at, now.at) \
-          FROM picked p CROSS JOIN now JOIN {s}.events e ON e.seq = p.seq \
-          WHERE d.seq = p.seq AND d.subscription = p.subscription \
+          FROM picked p CROSS JOIN now JOIN {s}.events e ON e.seq = ANY(ARRAY[p.seq]) \
+          WHERE d.seq = ANY(ARRAY[p.seq]) AND d.subscription = p.subscription \
           RETURNING {event}, d.subscription, d.token, d.tries, d.infra, d.number, d.replay, d.fresh, d.alone), \
          begun AS (UPDATE {s}.progress p SET begun = p.begun + b.count FROM (SELECT seq, count(*) AS count \
-          FROM leased WHERE fresh AND NOT alone GROUP BY seq ORDER BY seq) b WHERE p.seq = b.seq) "
+          FROM leased WHERE fresh AND NOT alone GROUP BY seq ORDER BY seq) b WHERE p.seq = ANY(ARRAY[b.seq])) "
     };
 }
 
@@ -49,8 +49,8 @@ macro_rules! lease {
 /// and `$9` whether to lease all the same.
 const LEASE_OLDEST: &str = concat!(
     quiet_now!(),
-    ", wants AS MATERIALIZED (SELECT * FROM unnest($5::int[], $6::bigint[], $7::bigint[], $8::bool[]) \
-      AS w(subscription, room, floor, looks)), \
+    ", wants AS MATERIALIZED (SELECT * FROM unnest((SELECT $5::int[]), (SELECT $6::bigint[]), \
+      (SELECT $7::bigint[]), (SELECT $8::bool[])) AS w(subscription, room, floor, looks)), \
      looks AS MATERIALIZED (SELECT \
       (SELECT min(d.due) FROM {s}.deliveries d WHERE d.subscription = w.subscription AND d.stage = 1) AS due, \
       (SELECT min(d.lease_end) FROM {s}.deliveries d WHERE d.subscription = w.subscription AND d.stage = 2) AS lease_end \
@@ -60,8 +60,8 @@ const LEASE_OLDEST: &str = concat!(
       FROM look CROSS JOIN now), \
      picked AS MATERIALIZED (SELECT r.seq, r.subscription FROM wants w CROSS JOIN LATERAL (\
       SELECT c.seq, c.subscription FROM {s}.deliveries c \
-      WHERE c.subscription = w.subscription AND c.seq >= w.floor AND c.stage = 0 \
-      ORDER BY c.seq LIMIT CASE WHEN (SELECT is_open FROM gate) THEN w.room ELSE 0 END FOR UPDATE SKIP LOCKED) r)",
+      WHERE (c.subscription, c.seq) >= (w.subscription, w.floor) AND c.subscription <= w.subscription AND c.stage = 0 \
+      ORDER BY c.subscription, c.seq LIMIT CASE WHEN (SELECT is_open FROM gate) THEN w.room ELSE 0 END FOR UPDATE SKIP LOCKED) r)",
     lease!(),
     "SELECT now.at, look.due, look.lease_end, x.* FROM look CROSS JOIN now LEFT JOIN leased x ON true"
 );

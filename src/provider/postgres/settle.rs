@@ -31,17 +31,18 @@ const END: &str = "WITH now AS MATERIALIZED (SELECT {now} AS at), \
         tries = d.tries + (i.cost = 1)::int, infra = d.infra + (i.cost = 2)::int, \
         started_at = CASE WHEN i.cost = 3 AND d.fresh THEN NULL ELSE d.started_at END, \
         number = coalesce(i.number, d.number), token = NULL, lease_end = NULL, claimed_at = NULL, worker = NULL \
-        FROM now CROSS JOIN unnest($2::bigint[], $3::int[], $4::bigint[], $5::smallint[], $6::bigint[], $7::smallint[], \
-        $8::int[], $9::smallint[], $10::text[], $11::text[]) WITH ORDINALITY \
+        FROM now CROSS JOIN unnest((SELECT $2::bigint[]), (SELECT $3::int[]), (SELECT $4::bigint[]), \
+        (SELECT $5::smallint[]), (SELECT $6::bigint[]), (SELECT $7::smallint[]), (SELECT $8::int[]), \
+        (SELECT $9::smallint[]), (SELECT $10::text[]), (SELECT $11::text[])) WITH ORDINALITY \
         AS i(seq, subscription, token, stage, delay, cost, number, verdict, digest, record, n) \
-        WHERE d.seq = i.seq AND d.subscription = i.subscription AND d.token = i.token \
+        WHERE d.seq = ANY(ARRAY[i.seq]) AND d.subscription = i.subscription AND d.token = i.token \
         RETURNING d.seq, d.subscription, d.stage, d.alone, d.fresh, i.cost, i.number, i.verdict, i.digest, i.record, i.n), \
     recorded AS (INSERT INTO {s}.attempts (seq, subscription, number, verdict, digest, record) \
         SELECT seq, subscription, number, verdict, digest, record FROM ended WHERE record IS NOT NULL), \
     shifted AS (UPDATE {s}.progress p SET open = p.open - e.closed, failed = p.failed + e.failed, \
         begun = p.begun - e.unbegun FROM (SELECT seq, count(*) FILTER (WHERE stage >= 3) AS closed, \
         count(*) FILTER (WHERE stage = 4) AS failed, count(*) FILTER (WHERE cost = 3 AND fresh) AS unbegun FROM ended \
-        WHERE NOT alone AND (stage >= 3 OR cost = 3) GROUP BY seq ORDER BY seq) e WHERE p.seq = e.seq \
+        WHERE NOT alone AND (stage >= 3 OR cost = 3) GROUP BY seq ORDER BY seq) e WHERE p.seq = ANY(ARRAY[e.seq]) \
         RETURNING p.seq, p.open, p.failed) \
     SELECT n, seq, alone, NULL::int, NULL::int FROM ended UNION ALL SELECT NULL, seq, NULL, open, failed FROM shifted";
 

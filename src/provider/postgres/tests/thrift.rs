@@ -43,3 +43,26 @@ async fn who_waits_for_a_connection_gets_the_next_that_is_given_back() {
     provider.close().await.unwrap();
     assert!(matches!(connections.lend().await, Err(sqlx::Error::PoolClosed)));
 }
+
+/// Making a plan takes longer than following it.
+#[tokio::test]
+async fn the_statements_of_every_event_keep_their_plans() {
+    let provider = Schema::new().provider().await;
+    for _ in 0..20 {
+        provider.append(appends_to(1, &["s", "t"])).await.unwrap();
+        let lease = claim(&provider, 1).await.remove(0);
+        provider.settle(vec![ended(&lease, Next::Complete)]).await.unwrap();
+    }
+    let connections = &provider.store.connections;
+    let (mut kept, mut held) = (0, Vec::new());
+    for _ in 0..connections.idle() {
+        let mut lent = connections.lend().await.unwrap();
+        let counts = "SELECT custom_plans, generic_plans FROM pg_prepared_statements WHERE statement LIKE 'WITH now%'";
+        let counts: Vec<(i64, i64)> = sqlx::query_as(counts).fetch_all(lent.connection().unwrap()).await.unwrap();
+        // The server tries five times what a plan for these very values gains.
+        assert!(counts.iter().all(|&(custom, _)| custom <= 5), "{counts:?}");
+        kept += counts.iter().map(|&(_, generic)| generic).sum::<i64>();
+        held.push(lent);
+    }
+    assert!(kept > 0);
+}
