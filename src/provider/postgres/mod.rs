@@ -256,7 +256,7 @@ impl Provider for PostgresProvider {
     }
 
     async fn settle(&self, batch: Vec<Settlement>) -> Result<Vec<Settled>> {
-        self.change(|| format!("settle {} attempts", batch.len()), self.store.settle(&batch)).await
+        self.call(|| format!("settle {} attempts", batch.len()), self.store.settle(&batch)).await
     }
 
     async fn read(&self, after: Seq, max: usize) -> Result<LogPage> {

@@ -24,7 +24,8 @@ const HELD: &str = "SELECT d.seq, d.subscription, d.token FROM unnest($1::bigint
     WHERE d.token = i.token ORDER BY d.seq, d.subscription FOR UPDATE OF d";
 
 /// Ends leases that are held, records the attempts, and counts what that means for events with several deliveries.
-/// Answers with the leases that were held, and then with how many deliveries of such events are open and have failed.
+/// Answers with the leases that were held and whether the next of their keys may come now, and then with how many deliveries
+/// of such events are open and have failed.
 const END: &str = "WITH now AS MATERIALIZED (SELECT {now} AS at), \
     ended AS (UPDATE {s}.deliveries d SET stage = i.stage, due = coalesce(now.at + i.delay, d.due), \
         completed_at = CASE WHEN i.stage >= 3 THEN now.at END, retry_count = d.retry_count + (i.cost IN (1, 2))::int, \
@@ -36,7 +37,7 @@ const END: &str = "WITH now AS MATERIALIZED (SELECT {now} AS at), \
         (SELECT $9::smallint[]), (SELECT $10::text[]), (SELECT $11::text[])) WITH ORDINALITY \
         AS i(seq, subscription, token, stage, delay, cost, number, verdict, digest, record, n) \
         WHERE d.seq = ANY(ARRAY[i.seq]) AND d.subscription = i.subscription AND d.token = i.token \
-        RETURNING d.seq, d.subscription, d.stage, d.alone, d.fresh, i.cost, i.number, i.verdict, i.digest, i.record, i.n), \
+        RETURNING d.seq, d.subscription, d.stage, d.alone, d.fresh, d.key, i.cost, i.number, i.verdict, i.digest, i.record, i.n), \
     recorded AS (INSERT INTO {s}.attempts (seq, subscription, number, verdict, digest, record) \
         SELECT seq, subscription, number, verdict, digest, record FROM ended WHERE record IS NOT NULL), \
     shifted AS (UPDATE {s}.progress p SET open = p.open - e.closed, failed = p.failed + e.failed, \
@@ -44,7 +45,8 @@ const END: &str = "WITH now AS MATERIALIZED (SELECT {now} AS at), \
         count(*) FILTER (WHERE stage = 4) AS failed, count(*) FILTER (WHERE cost = 3 AND fresh) AS unbegun FROM ended \
         WHERE NOT alone AND (stage >= 3 OR cost = 3) GROUP BY seq ORDER BY seq) e WHERE p.seq = ANY(ARRAY[e.seq]) \
         RETURNING p.seq, p.open, p.failed) \
-    SELECT n, seq, alone, NULL::int, NULL::int FROM ended UNION ALL SELECT NULL, seq, NULL, open, failed FROM shifted";
+    SELECT n, seq, alone, NULL::int, NULL::int, key IS NOT NULL AND stage >= 3 FROM ended \
+    UNION ALL SELECT NULL, seq, NULL, open, failed, false FROM shifted";
 
 /// What another attempt is counted as.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -119,11 +121,14 @@ impl End {
     }
 }
 
+/// The answers to a batch, and whether the next deliveries of some key may come now.
+type Answers = (Vec<Settled>, bool);
+
 /// Which claim a settlement is about.
 type Key = (i64, i32, i64);
 
 impl Store {
-    /// Settles what is held and answers for all.
+    /// Settles what is held and answers for all. Tells of it where it leaves something to claim or to read.
     pub(super) async fn settle(&self, batch: &[Settlement]) -> Step<Vec<Settled>> {
         if batch.is_empty() {
             return Ok(Vec::new());
@@ -135,16 +140,19 @@ impl Store {
             let result = session.finish(result).await;
             self.forget_reopened(batch);
             if let Some(result) = turns.judge(result) {
-                return result;
+                let (settled, frees_keys) = result?;
+                if frees_keys || batch.iter().any(leaves_news) {
+                    self.wrote();
+                }
+                return Ok(settled);
             }
         }
     }
 
     /// What waits for another attempt may be behind where claims begin.
     fn forget_reopened(&self, batch: &[Settlement]) {
-        let is_open = |settlement: &&Settlement| matches!(settlement.next, Next::Release | Next::Retry { .. });
-        let reopened: HashSet<&str> =
-            batch.iter().filter(is_open).map(|settlement| &*settlement.key.subscription).collect();
+        let reopened = batch.iter().filter(|settlement| reopens(settlement));
+        let reopened: HashSet<&str> = reopened.map(|settlement| &*settlement.key.subscription).collect();
         if !reopened.is_empty() {
             let numbers: Vec<i32> = reopened.into_iter().filter_map(|name| self.number(name)).collect();
             self.fronts().forget(numbers);
@@ -153,7 +161,7 @@ impl Store {
 }
 
 impl Session<'_> {
-    async fn settle(&mut self, batch: &[Settlement], careful: bool) -> Step<Vec<Settled>> {
+    async fn settle(&mut self, batch: &[Settlement], careful: bool) -> Step<Answers> {
         let numbers = self.known_numbers(batch.iter().map(|settlement| &settlement.key.subscription)).await?;
         let key = |settlement: &Settlement| {
             let number = *numbers.get(&settlement.key.subscription)?;
@@ -182,7 +190,7 @@ impl Session<'_> {
         keys: &[Option<Key>],
         numbers: &Numbers,
         careful: bool,
-    ) -> Step<Vec<Settled>> {
+    ) -> Step<Answers> {
         let mut held = self.held(keys).await?;
         let writing = batch.iter().zip(keys).filter(|(settlement, key)| {
             settlement.next == Next::Complete && key.as_ref().is_some_and(|key| held.contains(key))
@@ -231,12 +239,12 @@ impl Session<'_> {
     }
 
     /// Applies the ends , each of which stands beside its place in the batch, and answers for them.
-    async fn end_all(&mut self, ends: Vec<(usize, End)>, mut answers: Vec<Settled>) -> Step<Vec<Settled>> {
+    async fn end_all(&mut self, ends: Vec<(usize, End)>, mut answers: Vec<Settled>) -> Step<Answers> {
         // Rows are locked in one order; which of an event's ends was the last is told by the order of the batch.
         let mut sorted: Vec<(usize, End)> = ends;
         sorted.sort_by_key(|(_, end)| end.place());
         let (places, ends): (Vec<usize>, Vec<End>) = sorted.into_iter().unzip();
-        let Ended { held, shared } = self.end(&ends).await?;
+        let Ended { held, shared, frees_keys } = self.end(&ends).await?;
         let mut applied: Vec<(usize, &End, bool)> = places
             .iter()
             .zip(&ends)
@@ -258,7 +266,7 @@ impl Session<'_> {
                 *answer = Settled::Done { finished };
             }
         }
-        Ok(answers)
+        Ok((answers, frees_keys))
     }
 
     /// Applies ends, which are in the order of their places.
@@ -282,6 +290,7 @@ impl Session<'_> {
             .bind(ends.iter().map(|end| end.digest.as_deref()).collect::<Vec<_>>())
             .bind(ends.iter().map(|end| end.record.as_deref()).collect::<Vec<_>>());
         for row in self.rows(statement).await? {
+            ended.frees_keys |= row.try_get::<bool, _>(5)?;
             match row.try_get::<Option<i64>, _>(0)? {
                 Some(n) => drop(ended.held.insert(usize::try_from(n).unwrap_or(0).saturating_sub(1), row.try_get(2)?)),
                 None => drop(ended.shared.insert(row.try_get(1)?, (row.try_get(3)?, row.try_get(4)?))),
@@ -289,6 +298,16 @@ impl Session<'_> {
         }
         Ok(ended)
     }
+}
+
+/// Whether the delivery goes on.
+fn reopens(settlement: &Settlement) -> bool {
+    matches!(settlement.next, Next::Release | Next::Retry { .. })
+}
+
+/// Whether there is something to claim or to read after it, whatever its key.
+fn leaves_news(settlement: &Settlement) -> bool {
+    reopens(settlement) || !settlement.published.is_empty()
 }
 
 fn end(settlement: &Settlement, (seq, subscription, token): Key) -> End {
@@ -302,4 +321,6 @@ pub(super) struct Ended {
     held: HashMap<usize, bool>,
     /// Of events with several deliveries: how many are open now, and how many have failed.
     shared: BTreeMap<i64, (i32, i32)>,
+    /// Whether a delivery with a key is closed: the next of its key may come.
+    frees_keys: bool,
 }

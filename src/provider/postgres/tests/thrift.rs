@@ -66,3 +66,29 @@ async fn the_statements_of_every_event_keep_their_plans() {
     }
     assert!(kept > 0);
 }
+
+/// Others need not look because of what leaves them nothing to do.
+#[tokio::test]
+async fn a_settlement_ticks_only_where_it_leaves_something_to_claim_or_to_read() {
+    let schema = Schema::new();
+    let options = Options { poll_interval: Duration::from_secs(3_600), ..schema.options.clone() };
+    let provider = PostgresProvider::open(options).await.unwrap();
+    let mut batch = appends(4);
+    Arc::make_mut(&mut batch[3].event).key = Some("k".into());
+    provider.append(batch).await.unwrap();
+    let leases = claim(&provider, 4).await;
+    let child = Settlement { published: appends(1), ..ended(&leases[2], Next::Complete) };
+    let ends = [
+        (ended(&leases[0], Next::Complete), false),
+        (ended(&leases[1], Next::Retry { after: Duration::ZERO }), true),
+        (child, true),
+        (ended(&leases[3], Next::Fail), true),
+    ];
+    let mut wake = provider.wake();
+    for (settlement, expected) in ends {
+        wake.mark_unchanged();
+        let told = format!("{settlement:?}");
+        assert!(matches!(provider.settle(vec![settlement]).await.unwrap()[..], [Settled::Done { .. }]));
+        assert_eq!(wake.has_changed().unwrap(), expected, "{told}");
+    }
+}
