@@ -96,7 +96,7 @@ async fn share(mut rig: Rig) {
     let mut ticks = tokio::time::interval(Duration::from_millis(10));
     while !ended.is_finished() {
         ticks.tick().await;
-        let counts = replicas::SUBSCRIPTIONS.map(|name| rig.settled(name).to_string());
+        let counts = rig.settled_of(replicas::SUBSCRIPTIONS).map(|count| count.to_string());
         println!("{}", counts.join(" "));
     }
     rig.end(running).await;

@@ -7,7 +7,7 @@
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, Stdio};
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tidegate::Subscription;
 use tokio::runtime::Runtime;
@@ -21,6 +21,12 @@ pub(crate) const SUBSCRIPTIONS: [&str; 4] = ["billing", "mail", "search", "stock
 
 const EVENTS: usize = 5_000;
 const BATCH: usize = 500;
+
+/// How long processes may say nothing: one that hangs ends the benchmark with an error, and not never.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// How long a drain may take.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) fn run() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -50,14 +56,14 @@ fn drain(runtime: &Runtime, server: &Postgres, processes: usize) -> (f64, f64) {
     let (send, counts) = mpsc::channel();
     let mut replicas: Vec<Replica> = (0..processes).map(|n| Replica::start(&url, n, &send)).collect();
     for _ in &replicas {
-        assert_eq!(counts.recv().unwrap().1, None);
+        assert_eq!(counts.recv_timeout(SILENCE).unwrap().1, None);
     }
     let began = Instant::now();
     replicas.iter_mut().for_each(|replica| replica.input.write_all(b"go\n").unwrap());
     let all = EVENTS * SUBSCRIPTIONS.len();
     let (mut settled, mut share) = (vec![[0; SUBSCRIPTIONS.len()]; processes], None);
     let rate = loop {
-        let (process, of_each) = counts.recv().unwrap();
+        let (process, of_each) = counts.recv_timeout(SILENCE).unwrap();
         settled[process] = of_each.unwrap();
         let of = |subscription: usize| settled.iter().map(|counts| counts[subscription]).sum::<usize>();
         let each: Vec<usize> = (0..SUBSCRIPTIONS.len()).map(of).collect();
@@ -68,6 +74,7 @@ fn drain(runtime: &Runtime, server: &Postgres, processes: usize) -> (f64, f64) {
         if sum >= all {
             break support::per_second(all, began);
         }
+        assert!(began.elapsed() < PATIENCE, "{settled:?} of {all}");
     };
     replicas.into_iter().for_each(Replica::end);
     (rate, share.unwrap())

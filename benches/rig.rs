@@ -64,16 +64,18 @@ impl Rig {
 
     /// Waits until so many attempts are settled.
     pub(crate) async fn completed(&self, count: usize) {
-        while self.settled("all") < count {
+        while self.settled_of(["all"]) < [count] {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 
-    /// How many attempts succeeded and are settled. The metrics tell without asking the store, which is busy.
-    pub(crate) fn settled(&self, subscription: &str) -> usize {
-        let label = format!("tidegate_attempts_total{{subscription=\"{subscription}\",verdict=\"ok\"}} ");
+    /// How many attempts of each succeeded and are settled. The metrics tell without asking the store, which is busy.
+    pub(crate) fn settled_of<const N: usize>(&self, subscriptions: [&str; N]) -> [usize; N] {
         let text = self.metrics.encode();
-        text.lines().find_map(|line| line.strip_prefix(&label)).map_or(0, |count| count.parse().unwrap())
+        subscriptions.map(|subscription| {
+            let label = format!("tidegate_attempts_total{{subscription=\"{subscription}\",verdict=\"ok\"}} ");
+            text.lines().find_map(|line| line.strip_prefix(&label)).map_or(0, |count| count.parse().unwrap())
+        })
     }
 }
 
