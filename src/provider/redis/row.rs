@@ -130,7 +130,8 @@ pub(super) fn delivery(name: &str, record: &[u8], attempts: &[u8]) -> Result<Del
 
 fn read_delivery(name: &str, record: &[u8], attempts: &[u8]) -> Option<Delivery> {
     let mut record = Record(record);
-    let (stage, _fresh, replay, _keyed) = (record.byte()?, record.byte()?, record.byte()?, record.byte()?);
+    let (stage, _fresh, replay) = (record.byte()?, record.byte()?, record.byte()?);
+    let (_keyed, _sole) = (record.byte()?, record.byte()?);
     let (_appended, due, started, completed) =
         (record.instant()?, record.instant()?, record.instant()?, record.instant()?);
     let _claimed = record.instant()?;

@@ -37,6 +37,14 @@ impl RedisProvider {
     }
 }
 
+/// How many bytes what the script knows as HEAD has.
+const HEAD: usize = 35;
+
+/// A number of four bytes.
+fn small(number: usize) -> [u8; 4] {
+    u32::try_from(number).unwrap_or(u32::MAX).to_le_bytes()
+}
+
 /// The arguments of these settlements.
 fn write(batch: &[Settlement], command: &mut Cmd) {
     let (mut lists, mut names, mut places) = (Lists::default(), Vec::new(), HashMap::new());
@@ -58,22 +66,26 @@ fn write(batch: &[Settlement], command: &mut Cmd) {
     for settlement in batch {
         let key = &settlement.key;
         let place = places.get(&*key.subscription).copied().unwrap_or_default();
-        command.arg(place).arg(key.seq).arg(&key.token.to_le_bytes()[..]);
         let (kind, after) = match settlement.next {
-            Next::Complete => ("c", 0),
-            Next::Fail => ("f", 0),
-            Next::Retry { after } => ("r", as_micros(after)),
-            Next::Release => ("l", 0),
+            Next::Complete => (b'c', 0),
+            Next::Fail => (b'f', 0),
+            Next::Retry { after } => (b'r', as_micros(after)),
+            Next::Release => (b'l', 0),
         };
         let attempt = settlement.attempt.as_ref().filter(|_| settlement.next != Next::Release);
-        let is_infra = attempt.is_some_and(|attempt| attempt.verdict.is_infra());
-        command.arg(kind).arg(after).arg(u8::from(is_infra));
-        match attempt {
-            Some(attempt) => command.arg(attempt.number).arg(serde_json::to_vec(attempt).unwrap_or_default()),
-            None => command.arg("").arg(""),
-        };
         let (writes, published) = effects(settlement);
-        command.arg(u8::from(misnamed(writes).is_some())).arg(writes.len()).arg(published.len());
+        let mut head = Vec::with_capacity(HEAD);
+        head.extend_from_slice(&small(place));
+        head.extend_from_slice(&key.token.to_le_bytes());
+        head.push(kind);
+        head.extend_from_slice(&(after as f64).to_le_bytes());
+        head.push(attempt.is_some_and(|attempt| attempt.verdict.is_infra()).into());
+        head.extend_from_slice(&attempt.map_or(0, |attempt| attempt.number).to_le_bytes());
+        head.push(misnamed(writes).is_some().into());
+        head.extend_from_slice(&small(writes.len()));
+        head.extend_from_slice(&small(published.len()));
+        let record = attempt.and_then(|attempt| serde_json::to_vec(attempt).ok()).unwrap_or_default();
+        command.arg(&head[..]).arg(key.seq).arg(record);
         writes.iter().for_each(|one| write_change(one, command));
         for append in published {
             let place = lists.place(&append.subscriptions);

@@ -22,10 +22,22 @@ local function read_lists(at)
   return chosen, at + count_of + 1
 end
 
-local function new_delivery(appended, due, is_replay, key)
+local function new_delivery(appended, due, is_replay, key, is_sole)
   local is_keyed = key ~= ''
-  return { PENDING, 0, is_replay, is_keyed and 1 or 0, appended, due, 0, 0, 0, 0, 0, 0, 0, NO_TOKEN,
+  return { PENDING, 0, is_replay, is_keyed and 1 or 0, is_sole and 1 or 0, appended, due, 0, 0, 0, 0, 0, 0, 0, NO_TOKEN,
     is_keyed and string.sub(key, 2) or '', '' }
+end
+
+-- The status of an event of the log.
+local function stored_status(seq)
+  local text = call('HGET', P .. 'pg', seq)
+  if text then return status(unpack_from(PROGRESS, text)) end
+  text = call('HGET', P .. 'ev', seq)
+  local subs = text and subs_of(read_event(text)) or {}
+  if #subs ~= 1 then return 'c' end
+  load_deliveries(subs[1], { seq })
+  local d = deliveries[subs[1]][seq]
+  return d and status(sole_progress(d)) or 'c'
 end
 
 -- Appends the events whose arguments begin at these places (id, type, instant, key, header, payload, list), and
@@ -52,8 +64,8 @@ local function append_events(places, chosen)
       fresh[#fresh + 1] = { int(head), at }
     end
   end
-  for i, text in ipairs(fetch(P .. 'pg', old)) do
-    old[old[i]] = text and status(unpack_from(PROGRESS, text)) or 'c'
+  for _, seq in ipairs(old) do
+    old[seq] = stored_status(seq)
   end
   for i = 1, #answers do
     answers[i][3] = answers[i][3] or old[answers[i][1]]
@@ -64,7 +76,10 @@ local function append_events(places, chosen)
   local log = P .. 'log'
   local by_id, facts, open, begun, age, kinds, names = {}, {}, {}, {}, {}, lists(), {}
   local rows = lists()
-  local plain = delivery_text(new_delivery(now, now, 0, ''))
+  local plain = {}
+  for _, is_sole in ipairs({ true, false }) do
+    plain[is_sole] = delivery_text(new_delivery(now, now, 0, '', is_sole))
+  end
   for i = 1, #fresh do
     local seq, at = fresh[i][1], fresh[i][2]
     local id, kind, created, key = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
@@ -79,11 +94,14 @@ local function append_events(places, chosen)
     local subs = list[1]
     if #subs > 0 then
       open[#open + 1], open[#open + 2] = seq, seq
-      begun[#begun + 1], begun[#begun + 2] = seq, pack(PROGRESS, #subs, 0, 0)
+      if #subs > 1 then
+        begun[#begun + 1], begun[#begun + 2] = seq, pack(PROGRESS, #subs, 0, 0)
+      end
       count('p', 1)
       count('dp', #subs)
     end
-    local own = (key == '') and plain or delivery_text(new_delivery(now, now, 0, key))
+    local is_sole = #subs == 1
+    local own = (key == '') and plain[is_sole] or delivery_text(new_delivery(now, now, 0, key, is_sole))
     for _, sub in ipairs(subs) do
       local row = rows[sub]
       row[#row + 1], row[#row + 2] = seq, own
@@ -100,6 +118,8 @@ local function append_events(places, chosen)
   end
   many('HSET', P .. 'ids', by_id)
   many('HSET', P .. 'ev', facts)
+  -- A small hash would be a list that is gone through for every field; one long value makes it none.
+  if #begun > 0 and call('EXISTS', P .. 'pg') == 0 then call('HSET', P .. 'pg', '', string.rep(' ', 65)) end
   many('HSET', P .. 'pg', begun)
   many('ZADD', P .. 'open', open)
   many('ZADD', P .. 'age', age)

@@ -6,7 +6,7 @@ if not sub then return 0 end
 for _, kind in ipairs({ 'b:', 'q:', 'w:', 'l:' }) do
   local seqs = (left > gone) and call('ZRANGE', P .. kind .. sub, 0, left - gone - 1) or {}
   load_deliveries(sub, seqs)
-  load_progress(seqs)
+  load_progress(seqs, sub)
   local events, facts = fetch(P .. 'ev', seqs), {}
   for i, seq in ipairs(seqs) do
     local d, event, p = deliveries[sub][seq], events[i] and read_event(events[i]), progress[seq]
@@ -27,5 +27,6 @@ for _, kind in ipairs({ 'b:', 'q:', 'w:', 'l:' }) do
   end
   many('HSET', P .. 'ev', facts)
 end
+store_removed()
 finish(gone > 0)
 return gone

@@ -35,7 +35,7 @@ local function take_away(want, sub)
   left = left - #gone
   many('ZREM', l, gone)
   load_deliveries(sub, gone)
-  load_progress(gone)
+  load_progress(gone, sub)
   for _, seq in ipairs(gone) do
     local d = deliveries[sub][seq]
     if d and d[STAGE] == LEASED then
@@ -89,12 +89,17 @@ local function take(want, sub, room, is_ordered)
   local own = deliveries[sub]
   for _, seq in ipairs(seqs) do
     local d = own[seq]
+    if d and d[STAGE] == PENDING and d[STARTED] == 0 then firsts[#firsts + 1] = seq end
+  end
+  load_progress(firsts, sub)
+  for _, seq in ipairs(firsts) do
+    progress[seq][2] = progress[seq][2] + 1
+  end
+  for _, seq in ipairs(seqs) do
+    local d = own[seq]
     if d and d[STAGE] == PENDING then
       d[FRESH] = (d[STARTED] == 0) and 1 or 0
-      if d[FRESH] == 1 then
-        d[STARTED] = now
-        firsts[#firsts + 1] = seq
-      end
+      if d[FRESH] == 1 then d[STARTED] = now end
       d[STAGE], d[CLAIMED], d[WORKER] = LEASED, now, worker
       d[TOKEN] = string.sub(tokens, given * 8 + 1, given * 8 + 8)
       given = given + 1
@@ -106,10 +111,6 @@ local function take(want, sub, room, is_ordered)
     end
   end
   many('ZADD', P .. 'l:' .. sub, places)
-  load_progress(firsts)
-  for _, seq in ipairs(firsts) do
-    progress[seq][2] = progress[seq][2] + 1
-  end
   count('dp', -#places / 2)
   count('dx', #places / 2)
 end

@@ -8,6 +8,7 @@ local text = seq and call('HGET', P .. 'ev', seq)
 if not text then return 0 end
 local event = read_event(text)
 remove_event(seq, event)
+store_removed()
 call('ZADD', P .. 'erased', int(event.created), seq)
 call('HSET', P .. 'erased-ids', seq, id)
 finish(true)

@@ -72,12 +72,13 @@ local function count(what, by)
   counts[what] = counts[what] + by
 end
 
--- A delivery, as a record in `d:<subscription>` under its seq. Instants are microseconds; 0 is none.
-local STAGE, FRESH, REPLAY, KEYED = 1, 2, 3, 4
-local APPENDED, DUE, STARTED, COMPLETED, CLAIMED = 5, 6, 7, 8, 9
-local RETRIES, TRIES, INFRA, NUMBER, TOKEN, KEY, WORKER = 10, 11, 12, 13, 14, 15, 16
+-- A delivery, as a record in `d:<subscription>` under its seq. Instants are microseconds; 0 is none. SOLE is 1 while its
+-- event never had another: then it says of the event what progress would say.
+local STAGE, FRESH, REPLAY, KEYED, SOLE = 1, 2, 3, 4, 5
+local APPENDED, DUE, STARTED, COMPLETED, CLAIMED = 6, 7, 8, 9, 10
+local RETRIES, TRIES, INFRA, NUMBER, TOKEN, KEY, WORKER = 11, 12, 13, 14, 15, 16, 17
 local PENDING, LEASED, DONE, DEAD = 0, 1, 2, 3
-local DELIVERY = '<BBBBdddddI4I4I4I4c8I4c0I4c0'
+local DELIVERY = '<BBBBBdddddI4I4I4I4c8I4c0I4c0'
 local NO_TOKEN = string.rep('\0', 8)
 
 local function read_delivery(text)
@@ -85,8 +86,8 @@ local function read_delivery(text)
 end
 
 local function delivery_text(d)
-  return pack(DELIVERY, d[1], d[2], d[3], d[4], d[5], d[6], d[7], d[8], d[9], d[10], d[11], d[12], d[13], d[14],
-    #d[15], d[15], #d[16], d[16])
+  return pack(DELIVERY, d[1], d[2], d[3], d[4], d[5], d[6], d[7], d[8], d[9], d[10], d[11], d[12], d[13], d[14], d[15],
+    #d[16], d[16], #d[17], d[17])
 end
 
 -- An event's facts, as a record in `ev` under its seq: when it was appended and made, type, id, key ('=' before it, or
@@ -110,16 +111,28 @@ local function subs_of(event)
   return list
 end
 
--- How many deliveries of an event are open, were ever begun and have failed: in `pg` under its seq, unless it is completed.
+-- How many deliveries of an event are open, were ever begun and have failed: in `pg` under its seq, unless it is completed,
+-- or has a sole delivery. The seventh is true for the latter.
 local PROGRESS = '<I4I4I4'
-local progress = {}
+local progress, deliveries = {}, {}
 
-local function load_progress(seqs)
-  local missing = {}
+local function sole_progress(d)
+  return (d[STAGE] < DONE) and 1 or 0, (d[STARTED] > 0) and 1 or 0, (d[STAGE] == DEAD) and 1 or 0
+end
+
+-- What was loaded of the deliveries to `sub` need not be looked for.
+local function load_progress(seqs, sub)
+  local missing, own = {}, sub and deliveries[sub]
   for _, seq in ipairs(seqs) do
     if not progress[seq] then
-      progress[seq] = { 0, 0, 0, 0, 0, 0 }
-      missing[#missing + 1] = seq
+      local d = own and own[seq]
+      if d and d[SOLE] == 1 then
+        local open, begun, failed = sole_progress(d)
+        progress[seq] = { open, begun, failed, open, begun, failed, true }
+      else
+        progress[seq] = { 0, 0, 0, 0, 0, 0 }
+        missing[#missing + 1] = seq
+      end
     end
   end
   for i, text in ipairs(fetch(P .. 'pg', missing)) do
@@ -146,9 +159,9 @@ local function store_progress()
         count(before, -1)
         count(after, 1)
       end
-      if after == 'c' then
+      if after == 'c' and not p[7] then
         gone[#gone + 1] = seq
-      else
+      elseif not p[7] then
         set[#set + 1] = seq
         set[#set + 1] = pack(PROGRESS, open, begun, failed)
       end
@@ -220,7 +233,7 @@ local function line_up(sub, seq, d)
 end
 
 -- Deliveries read and changed by this script, and attempts to add to them.
-local deliveries, records = {}, {}
+local records = {}
 local changed, fresh_records = lists(), lists()
 
 local function load_deliveries(sub, seqs)

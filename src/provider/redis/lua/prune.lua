@@ -14,30 +14,36 @@ for _, entry in ipairs(expired) do
 end
 is_more = #expired == step
 
-local function is_open(text)
-  return text and (unpack_from(PROGRESS, text)) > 0
-end
-
 local function remove(seq, event)
   remove_event(seq, event)
-  call('HDEL', P .. 'ids', event.id)
+  drop(from_hashes, 'ids', event.id)
   pruned = math.max(pruned, tonumber(seq))
   gone = gone + 1
 end
 
--- Removes those of these events that are finished, at most so many; calls `other` for the rest.
+-- Removes those of these events that are finished, at most so many; calls `other` for the rest. Answers with how many it
+-- looked at.
 local function remove_finished(seqs, bound, other)
-  local events, states = fetch(P .. 'ev', seqs), fetch(P .. 'pg', seqs)
+  if #seqs == 0 then return 0 end
+  local events, open, upto = fetch(P .. 'ev', seqs), call('ZMSCORE', P .. 'open', unpack(seqs)), #seqs
+  for i, text in ipairs(events) do
+    events[i] = text and not open[i] and read_event(text)
+  end
+  load_events(seqs, events)
   for i, seq in ipairs(seqs) do
-    if bound <= 0 then return i - 1 end
-    if events[i] and not is_open(states[i]) then
-      remove(seq, read_event(events[i]))
+    if bound <= 0 then
+      upto = i - 1
+      break
+    end
+    if events[i] then
+      remove(seq, events[i])
       bound = bound - 1
     elseif other then
       other(seq)
     end
   end
-  return #seqs
+  store_removed()
+  return upto
 end
 
 if instant ~= '' then

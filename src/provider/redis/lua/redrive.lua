@@ -6,7 +6,7 @@ for at = 4, #ARGV, 3 do
   local sub, seq = call('HGET', P .. 'subs', ARGV[at]), ARGV[at + 1]
   if sub then
     load_deliveries(sub, { seq })
-    load_progress({ seq })
+    load_progress({ seq }, sub)
     local d = deliveries[sub][seq]
     if d and d[STAGE] == DEAD and int(d[COMPLETED]) == ARGV[at + 2] then
       reopen(sub, seq, d, false)

@@ -16,14 +16,28 @@ local function reopen(sub, seq, d, is_replay)
   line_up(sub, seq, d)
 end
 
+-- The event gets another delivery: from here on what is known of it stands in its progress, which the caller changes.
+local function end_sole(seq, event)
+  progress[seq][7] = nil
+  for _, sub in ipairs(subs_of(event)) do
+    local d = deliveries[sub][seq]
+    if d and d[SOLE] == 1 then
+      d[SOLE], changed[sub][seq] = 0, true
+    end
+  end
+end
+
 -- The progress of a completed event is not kept: how many of its deliveries were begun is counted anew.
 local function load_begun(seq, event)
-  load_progress({ seq })
+  local subs = subs_of(event)
+  for _, sub in ipairs(subs) do
+    load_deliveries(sub, { seq })
+  end
+  load_progress({ seq }, subs[1])
   local p = progress[seq]
   if p[1] > 0 or p[2] > 0 or p[3] > 0 then return end
   local begun = 0
-  for _, sub in ipairs(subs_of(event)) do
-    load_deliveries(sub, { seq })
+  for _, sub in ipairs(subs) do
     local d = deliveries[sub][seq]
     if d and d[STARTED] > 0 then begun = begun + 1 end
   end

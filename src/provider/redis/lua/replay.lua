@@ -22,7 +22,8 @@ for i, text in ipairs(fetch(P .. 'ev', seqs)) do
         reopen(sub, seq, d, true)
       else
         local key = event.key
-        d = { PENDING, 0, is_missing_only and 0 or 1, (key ~= '') and 1 or 0, event.appended, now, 0, 0, 0, 0, 0, 0, 0,
+        end_sole(seq, event)
+        d = { PENDING, 0, is_missing_only and 0 or 1, (key ~= '') and 1 or 0, 0, event.appended, now, 0, 0, 0, 0, 0, 0, 0,
           NO_TOKEN, string.sub(key, 2), '' }
         deliveries[sub][seq], changed[sub][seq] = d, true
         progress[seq][1] = progress[seq][1] + 1

@@ -1,7 +1,8 @@
 -- Applies the ends of attempts, each by itself. ARGV[4] begins the lists of subscriptions that published events go to; then
--- the number of settlements and the number of names, the names of their subscriptions, and of each settlement: the place
--- of its name, seq, token, kind (c, f, r or l), delay, 1 for an infrastructure fault, the attempt's number, its record, 1
--- for a success whose writes can never be applied, the number of writes and of published events, then these. Answers with a
+-- the number of settlements and the number of names, the names of their subscriptions, and of each settlement: its HEAD,
+-- seq and attempt's record, then its writes and its published events. A HEAD packs the place of its name, token, kind
+-- (c, f, r or l), delay, 1 for an infrastructure fault, the attempt's number (0 for none), 1 for a success whose writes can
+-- never be applied, and the number of writes and of published events: an argument costs more than a number. Answers with a
 -- letter each: o(pen event), c(ompleted event) or f(ailed event) for what closed it, s(tale), x (conflict); then of each
 -- conflict its place, the write's place, why, and what is stored.
 
@@ -14,21 +15,23 @@ end
 local ids = fetch(P .. 'subs', names)
 at = at + 2 + name_count
 
-local ends, wanted, seqs = {}, lists(), {}
+local HEAD = '<I4c8c1dBI4BI4I4'
+local PLACE, LEASE, KIND, DELAY, IS_INFRA, ATTEMPT, IS_MISNAMED, WRITES, PUBLISHED = 1, 2, 3, 4, 5, 6, 7, 8, 9
+local ends, wanted = {}, lists()
 for i = 1, total do
-  local sub, seq = ids[tonumber(ARGV[at])], ARGV[at + 1]
-  local one = { sub = sub, seq = seq, at = at, writes = tonumber(ARGV[at + 9]), published = tonumber(ARGV[at + 10]) }
+  local one = { unpack_from(HEAD, ARGV[at]) }
+  local sub, seq = ids[one[PLACE]], ARGV[at + 1]
+  one.sub, one.seq, one.at = sub, seq, at + 3
   ends[i] = one
-  at = at + 11 + 4 * one.writes + 7 * one.published
+  at = at + 3 + 4 * one[WRITES] + 7 * one[PUBLISHED]
   if sub then
     wanted[sub][#wanted[sub] + 1] = seq
-    seqs[#seqs + 1] = seq
   end
 end
 for sub, list in pairs(wanted) do
   load_deliveries(sub, list)
+  load_progress(list, sub)
 end
-load_progress(seqs)
 
 -- A decimal integer as two numbers of ten digits with its sign, or nil for what is none of 64 bits.
 local function limbs(text)
@@ -99,14 +102,14 @@ allow_when_full()
 for i, one in ipairs(ends) do
   local from, sub, seq = one.at, one.sub, one.seq
   local d = sub and deliveries[sub][seq]
-  if not d or d[STAGE] ~= LEASED or d[TOKEN] ~= ARGV[from + 2] then
+  if not d or d[STAGE] ~= LEASED or d[TOKEN] ~= one[LEASE] then
     answers[i] = 's'
   else
-    local kind, layer, list = ARGV[from + 3], {}, {}
-    if kind == 'c' and ARGV[from + 8] == '1' then
+    local kind, layer, list = one[KIND], {}, {}
+    if kind == 'c' and one[IS_MISNAMED] == 1 then
       layer, list = nil, { 0, 'w', '' }
     elseif kind == 'c' then
-      layer, list = plan(from + 11, one.writes)
+      layer, list = plan(from, one[WRITES])
     end
     if not layer then
       answers[i] = 'x'
@@ -120,16 +123,14 @@ for i, one in ipairs(ends) do
         laid[place] = layer[place]
         order[#order + 1] = place
       end
-      if ARGV[from + 6] ~= '' then
-        record(sub, seq, d, tonumber(ARGV[from + 6]), pack('<B', 1) .. ARGV[from + 7])
-      end
-      end_claim(sub, seq, d, kind, now + tonumber(ARGV[from + 4]), ARGV[from + 5] == '1')
+      if one[ATTEMPT] > 0 then record(sub, seq, d, one[ATTEMPT], '\1' .. ARGV[from - 1]) end
+      end_claim(sub, seq, d, kind, now + one[DELAY], one[IS_INFRA] == 1)
       local p = progress[seq]
       local as = status(p[1], p[2], p[3])
       answers[i] = (as == 'c' or as == 'f') and as or 'o'
       if kind == 'c' then
-        for event = 1, one.published do
-          published[#published + 1] = from + 11 + 4 * one.writes + 7 * (event - 1)
+        for event = 1, one[PUBLISHED] do
+          published[#published + 1] = from + 4 * one[WRITES] + 7 * (event - 1)
         end
       end
     end
