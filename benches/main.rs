@@ -17,8 +17,10 @@ mod child;
 mod delivery;
 mod held;
 mod isolation;
+mod keep;
 mod memory;
 mod nats;
+mod nats_peers;
 #[path = "../tests/it/support/nats.rs"]
 mod nats_server;
 mod peer;
@@ -53,7 +55,7 @@ fn main() {
     {
         return process::run(rest);
     }
-    let groups: [(&str, fn()); 15] = [
+    let groups: [(&str, fn()); 18] = [
         ("memory", memory::run),
         ("memory-matching", memory::matching),
         ("capture", capture::run),
@@ -64,6 +66,9 @@ fn main() {
         ("postgres-sequencing", sequencing::run),
         ("redis", redis::run),
         ("nats", nats::run),
+        ("nats-memory", keep::nats),
+        ("nats-peers", nats_peers::run),
+        ("redis-memory", keep::redis),
         ("redis-peers", redis_peers::run),
         ("plugins", plugins::run),
         ("plugins-delivery", delivery::run),

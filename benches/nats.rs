@@ -12,22 +12,18 @@ use async_nats::jetstream::context::PublishAckFuture;
 use async_nats::jetstream::{Context, Message, stream};
 use futures_util::StreamExt as _;
 use tidegate::provider::nats::{NatsProvider, Options};
-use tidegate::provider::{Append, ClaimRequest, Provider, Retention, Want};
-use tidegate::subscription::Ordering;
 use tokio::sync::mpsc;
 
 use crate::nats_server::NatsServer;
-use crate::rig::{Rig, compare_latency, event, idle};
+use crate::rig::{Rig, compare_latency, idle};
 use crate::support;
 
 const BATCH: usize = 500;
 const EVENTS: usize = 20_000;
 const PACED: usize = 150;
-const KEPT: usize = 20_000;
 
 pub(crate) fn run() {
-    if std::process::Command::new("nats-server").arg("--version").output().is_err() {
-        println!("nats-server is not installed: rows against it are left out");
+    if !support::is_installed("nats-server") {
         return;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -44,11 +40,10 @@ pub(crate) fn run() {
         || runtime.block_on(async { rig(&server).await.pick_up(PACED).await }),
         || runtime.block_on(pick_up_by_hand(&server)),
     );
-    runtime.block_on(sizes());
 }
 
 /// JetStream without the streams of the round before.
-async fn emptied(server: &NatsServer) -> Context {
+pub(crate) async fn emptied(server: &NatsServer) -> Context {
     let context = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
     let mut names = context.stream_names();
     while let Some(name) = names.next().await {
@@ -117,10 +112,14 @@ async fn batches_by_hand(server: &NatsServer) -> f64 {
     let began = Instant::now();
     for _ in 0..EVENTS / BATCH {
         publish_by_hand(&context, BATCH, &payload).await;
-        let batch = consumer.fetch().max_messages(BATCH).messages().await.unwrap();
-        let messages: Vec<Message> = batch.map(Result::unwrap).collect().await;
-        assert_eq!(messages.len(), BATCH);
-        complete_by_hand(&context, &messages).await;
+        let mut left = BATCH;
+        while left > 0 {
+            // What is not there at once is not waited for, and a consumer learns of a message after its acknowledgement.
+            let batch = consumer.fetch().max_messages(left).messages().await.unwrap();
+            let messages: Vec<Message> = batch.map(Result::unwrap).collect().await;
+            complete_by_hand(&context, &messages).await;
+            left -= messages.len();
+        }
     }
     support::per_second(EVENTS, began)
 }
@@ -146,50 +145,4 @@ async fn pick_up_by_hand(server: &NatsServer) -> Vec<Duration> {
     }
     worker.await.unwrap();
     times
-}
-
-/// What the process keeps in memory and the server on disk: per event that is open, that is finished, and after retention ran;
-/// and how long a process takes to begin with that many.
-async fn sizes() {
-    let server = NatsServer::start(&[]);
-    let provider = provider(&server).await;
-    let names: Arc<[Arc<str>]> = [Arc::from("all")].into();
-    let append = || Append { event: Arc::new(event()), subscriptions: Arc::clone(&names) };
-    let measure = async || {
-        let stored = provider.stats().await.unwrap().provider_specific["bytes"].as_f64().unwrap();
-        (support::resident(std::process::id()) * 1_048_576.0, stored)
-    };
-    let empty = measure().await;
-    for round in 0..3 {
-        for _ in 0..KEPT / BATCH {
-            provider.append((0..BATCH).map(|_| append()).collect()).await.unwrap();
-        }
-        let open = measure().await;
-        let want = Want { subscription: "all".into(), room: KEPT, ordering: Ordering::None };
-        let request = ClaimRequest { worker: "w".into(), lease: Duration::from_secs(600), wants: vec![want] };
-        let leases = provider.claim(&request).await.unwrap().leases;
-        assert_eq!(leases.len(), KEPT);
-        let mut leases = leases.into_iter();
-        for _ in 0..KEPT / BATCH {
-            provider.settle(leases.by_ref().take(BATCH).map(support::success).collect()).await.unwrap();
-        }
-        let finished = measure().await;
-        let began = Instant::now();
-        let late = NatsProvider::open(Options { url: server.url(), ..Options::default() }).await.unwrap();
-        let took = began.elapsed();
-        late.close().await.unwrap();
-        drop(late);
-        provider.prune(&Retention { max_age: None, max_events: Some(0) }).await.unwrap();
-        let pruned = measure().await;
-        let per = |(resident, stored): (f64, f64)| {
-            format!("{:.0} and {:.0}", (resident - empty.0) / KEPT as f64, (stored - empty.1) / KEPT as f64)
-        };
-        println!(
-            "NATS, round {round}: bytes of memory and of the stream: {} per open delivery, {} per finished event, {} after retention (payload {} bytes); a process begins with them in {took:?}",
-            per(open),
-            per(finished),
-            per(pruned),
-            support::payload().len()
-        );
-    }
 }

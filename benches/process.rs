@@ -1,19 +1,20 @@
 //! What this program does as a process of its own, beside the one that measures: a broker that publishes at a pace, one that
-//! handles what another publishes, and one of several that share a store. Called as [`peer`](crate::peer) calls any.
+//! handles what another publishes, one of several that share a store, and one whose memory is measured. Called as [`peer`](crate::peer) calls any.
 
 use std::io::BufRead as _;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tidegate::provider::Provider;
+use tidegate::provider::nats::{self, NatsProvider};
 use tidegate::provider::postgres::{self, PostgresProvider};
 use tidegate::provider::redis::{self, RedisProvider};
 use tidegate::{Event, Payload, Source, Subscription, native};
 use tokio::sync::mpsc;
 
-use crate::replicas;
 use crate::rig::{Rig, idle};
 use crate::support;
+use crate::{keep, replicas};
 
 /// The first argument of this program where it is such a process.
 pub(crate) const WORD: &str = "process";
@@ -24,18 +25,24 @@ pub(crate) fn run(words: &[String]) {
     let count = count.parse().unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
+        if what == "keep" {
+            return keep::run(url, count).await;
+        }
         let rig = Rig::over(open(url).await).await;
         match what.as_str() {
             "pace" => pace(rig, count).await,
             "work" => work(rig, count).await,
             "share" => share(rig).await,
-            other => panic!("pace, work or share, not {other}"),
+            other => panic!("pace, work, share or keep, not {other}"),
         }
     });
 }
 
-async fn open(url: &str) -> Arc<dyn Provider> {
+pub(crate) async fn open(url: &str) -> Arc<dyn Provider> {
     let url = url.to_owned();
+    if url.starts_with("nats") {
+        return Arc::new(NatsProvider::open(nats::Options { url, ..nats::Options::default() }).await.unwrap());
+    }
     if url.starts_with("redis") {
         return Arc::new(RedisProvider::open(redis::Options { url, ..redis::Options::default() }).await.unwrap());
     }

@@ -10,20 +10,14 @@ use std::time::{Duration, Instant};
 use ::redis::aio::MultiplexedConnection;
 use ::redis::{Cmd, Value};
 use tidegate::provider::redis::{Options, RedisProvider};
-use tidegate::provider::{Append, ClaimRequest, Documents as _, Expect, Provider, Retention, Want};
-use tidegate::subscription::Ordering;
 use tokio::sync::mpsc;
 
 use crate::redis_server::RedisServer;
-use crate::rig::{Rig, compare_latency, event, idle};
+use crate::rig::{Rig, compare_latency, idle};
 use crate::support;
 
 const BATCH: usize = 500;
 const PACED: usize = 150;
-
-/// How many finished events retention keeps while memory is measured, and after how many in all it is told.
-const KEPT: usize = 25_000;
-const MARKS: [usize; 4] = [KEPT, 250_000, 500_000, 1_000_000];
 
 pub(crate) fn run() {
     if !support::is_installed("redis-server") {
@@ -46,7 +40,6 @@ pub(crate) fn run() {
             || runtime.block_on(pick_up_by_hand(&server)),
         );
     }
-    runtime.block_on(memory());
 }
 
 async fn connect(server: &RedisServer) -> MultiplexedConnection {
@@ -159,45 +152,4 @@ async fn pick_up_by_hand(server: &RedisServer) -> Vec<Duration> {
     }
     worker.await.unwrap();
     times
-}
-
-/// What the server keeps in memory per delivery that is open, and per finished event that retention keeps, while a million
-/// events come and go.
-async fn memory() {
-    let server = RedisServer::start(&["--appendonly", "no"]);
-    let provider = provider(&server).await;
-    // What is there without any event, documents included.
-    provider.put_document("c", "k", "v".into(), Expect::Any, None).await.unwrap();
-    let used = async || provider.stats().await.unwrap().provider_specific["used_memory"].as_f64().unwrap();
-    let prune = async |keep| {
-        let retention = Retention { max_age: None, max_events: Some(keep as u64) };
-        while provider.prune(&retention).await.unwrap() > 0 {}
-        used().await
-    };
-    let names: Arc<[Arc<str>]> = [Arc::from("all")].into();
-    let append = || Append { event: Arc::new(event()), subscriptions: Arc::clone(&names) };
-    let empty = used().await;
-    let mut before = empty;
-    println!("Redis memory, payload {} bytes:", support::payload().len());
-    for events in (KEPT..=1_000_000).step_by(KEPT) {
-        for _ in 0..KEPT / BATCH {
-            provider.append((0..BATCH).map(|_| append()).collect()).await.unwrap();
-        }
-        let open = used().await - before;
-        for _ in 0..KEPT / BATCH {
-            let want = Want { subscription: "all".into(), room: BATCH, ordering: Ordering::None };
-            let request = ClaimRequest { worker: "w".into(), lease: Duration::from_secs(600), wants: vec![want] };
-            let leases = provider.claim(&request).await.unwrap().leases;
-            assert_eq!(leases.len(), BATCH);
-            provider.settle(leases.into_iter().map(support::success).collect()).await.unwrap();
-        }
-        before = prune(KEPT).await;
-        if MARKS.contains(&events) {
-            let (open, finished) = (open / KEPT as f64, (before - empty) / KEPT as f64);
-            println!(
-                "  after {events:>7} events: {open:>5.0} bytes per open delivery, {finished:>5.0} per finished event of the {KEPT} kept"
-            );
-        }
-    }
-    println!("  after retention removed all: {:.0} KiB more than empty", (prune(0).await - empty) / 1024.0);
 }

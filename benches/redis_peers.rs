@@ -3,12 +3,11 @@
 //!
 //! `cargo bench -- redis-peers`; the peers run in processes of their own, see `benches/peers`.
 
-use std::net::TcpStream;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::runtime::Runtime;
 
+use crate::nats_server::NatsServer;
 use crate::peer::{self, Peer};
 use crate::redis::{empty, rig};
 use crate::redis_server::RedisServer;
@@ -23,7 +22,8 @@ pub(crate) fn run() {
         return;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let (bullmq, nats) = (peer::node("bullmq"), peer::node("nats").zip(Nats::start()));
+    let nats = support::is_installed("nats-server").then(|| NatsServer::start(&[]));
+    let (bullmq, nats) = (peer::node("bullmq"), peer::node("nats").zip(nats));
     for (fsync, events) in [("always", 20_000), ("everysec", 50_000)] {
         let server = RedisServer::start(&["--appendonly", "yes", "--appendfsync", fsync]);
         let ours = Ours { runtime: &runtime, server: &server, name: format!("Redis {fsync}"), events };
@@ -31,7 +31,7 @@ pub(crate) fn run() {
             ours.against_bullmq(bullmq);
         }
         if let Some((peer, nats)) = &nats {
-            ours.pick_up("nats.js", || peer.pick_up(&nats.url(), PACED));
+            ours.pick_up("nats.js", "≤ 2", || peer.pick_up(&nats.url(), PACED));
         }
     }
 }
@@ -61,61 +61,21 @@ impl Ours<'_> {
             || self.runtime.block_on(async { rig(self.server).await.drain(self.events, BATCH).await }),
             drain,
         );
-        self.pick_up("BullMQ", || {
+        self.pick_up("BullMQ", "< 1", || {
             self.runtime.block_on(empty(self.server));
             bullmq.pick_up(&self.server.url(), PACED)
         });
     }
 
-    fn pick_up(&self, name: &str, other: impl Fn() -> Vec<Duration>) {
+    fn pick_up(&self, name: &str, goal: &str, other: impl Fn() -> Vec<Duration>) {
         compare_latency(
             &format!("{}, process to process, against {name}", self.name),
-            ["< 1", "≤ 2"],
+            [goal, goal],
             || {
                 self.runtime.block_on(empty(self.server));
                 peer::ourselves().pick_up(&self.server.url(), PACED)
             },
             other,
         );
-    }
-}
-
-/// A private nats-server with JetStream.
-struct Nats {
-    child: Child,
-    port: u16,
-    _folder: tempfile::TempDir,
-}
-
-impl Nats {
-    /// `None` where it is not installed.
-    fn start() -> Option<Self> {
-        if !support::is_installed("nats-server") {
-            return None;
-        }
-        let folder = tempfile::tempdir().unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        // The thread that makes the child must outlive it: the main one does.
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "nats-server", "--jetstream", "--addr", "127.0.0.1", "--port"]);
-        command.arg(port.to_string()).arg("--store_dir").arg(folder.path());
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let until = Instant::now() + Duration::from_secs(30);
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(Instant::now() < until, "nats-server does not answer");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Some(Self { child, port, _folder: folder })
-    }
-
-    fn url(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.port)
-    }
-}
-
-impl Drop for Nats {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
     }
 }
