@@ -14,7 +14,7 @@ use super::entry::{End, Facts, Kind, Move, Part, expectation, read_event};
 use crate::error::Result;
 use crate::event::{Event, EventId, Seq};
 use crate::provider::header::Texts;
-use crate::provider::state::{Image, State, bare};
+use crate::provider::state::{Capture, Image, State, bare};
 use crate::provider::{Amendment, Append, Appended, Claimed, Settled};
 
 /// The layout of entries and snapshots that this version writes.
@@ -26,8 +26,37 @@ const PATIENCE: i64 = 30_000_000;
 /// How many bytes of payloads are kept in memory. Beyond, those of the oldest events are left to the stream.
 const KEPT: usize = 64 << 20;
 
-/// The places of the messages that a piece is.
-pub(super) type Spot = Vec<u64>;
+/// The places of the messages that a piece is: most are one message.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(from = "Vec<u64>", into = "Vec<u64>")]
+pub(super) enum Spot {
+    One(u64),
+    Several(Arc<[u64]>),
+}
+
+impl Spot {
+    pub(super) fn places(&self) -> &[u64] {
+        match self {
+            Self::One(place) => std::slice::from_ref(place),
+            Self::Several(places) => places,
+        }
+    }
+}
+
+impl From<Vec<u64>> for Spot {
+    fn from(places: Vec<u64>) -> Self {
+        match places[..] {
+            [place] => Self::One(place),
+            _ => Self::Several(places.into()),
+        }
+    }
+}
+
+impl From<Spot> for Vec<u64> {
+    fn from(spot: Spot) -> Self {
+        spot.places().to_vec()
+    }
+}
 
 /// A message of the stream.
 #[derive(Serialize, Deserialize)]
@@ -81,7 +110,7 @@ struct Piece {
     kind: Kind,
     facts: Facts,
     body: Bytes,
-    spot: Spot,
+    spot: Vec<u64>,
 }
 
 /// All of it.
@@ -110,8 +139,22 @@ pub(super) struct Core {
     pub(super) fresh_bytes: u64,
 }
 
+/// A core as it was after one message; in bytes it is what [`Saved`] is.
+#[derive(Serialize)]
+pub(super) struct Captured {
+    epoch: Arc<str>,
+    pub(super) applied: u64,
+    pub(super) stamp: i64,
+    now: i64,
+    state: Capture,
+    places: Vec<(Seq, Place)>,
+    gone: Vec<(u64, u64)>,
+    swept: u64,
+    staged: Vec<((u64, u64), Staged)>,
+}
+
 /// A core as it is kept.
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
 pub(super) struct Saved {
     epoch: String,
     applied: u64,
@@ -145,18 +188,19 @@ impl Core {
         }
     }
 
-    pub(super) fn save(&self) -> Saved {
+    /// This core as it is now, at little cost.
+    pub(super) fn capture(&self) -> Captured {
         let copy =
             |incoming: &Incoming| Incoming { facts: incoming.facts.clone(), body: incoming.body.clone(), ..*incoming };
         let staged = |(&entry, staged): (&(u64, u64), &Staged)| {
             (entry, Staged { since: staged.since, parts: staged.parts.iter().map(copy).collect() })
         };
-        Saved {
-            epoch: self.epoch.to_string(),
+        Captured {
+            epoch: Arc::clone(&self.epoch),
             applied: self.applied,
             stamp: self.stamp,
             now: self.now,
-            state: self.state.image(),
+            state: self.state.capture(),
             places: self.places.iter().map(|(&seq, place)| (seq, place.clone())).collect(),
             gone: self.gone.iter().map(|(&place, &since)| (place, since)).collect(),
             swept: self.swept,
@@ -185,8 +229,8 @@ impl Core {
         let bound = staged.fold(bound, u64::min);
         let (mut event, mut record) = (bound, bound);
         for place in self.places.values() {
-            event = place.event.iter().copied().fold(event, u64::min);
-            let records = place.records.iter().flat_map(|(_, _, spot)| spot).copied();
+            event = place.event.places().iter().copied().fold(event, u64::min);
+            let records = place.records.iter().flat_map(|(_, _, spot)| spot.places()).copied();
             record = records.fold(record, u64::min);
         }
         (event, record)
@@ -243,11 +287,11 @@ impl Core {
                 Kind::Event => match read_event(&piece.facts, piece.body, None) {
                     Some(mut append) => {
                         self.texts.share(Arc::make_mut(&mut append.event));
-                        events.push_back((append, piece.spot));
+                        events.push_back((append, piece.spot.into()));
                     }
                     None => self.is_foreign = true,
                 },
-                Kind::Record => records.push_back(piece.spot),
+                Kind::Record => records.push_back(piece.spot.into()),
                 Kind::Move => match Move::read(&piece.body) {
                     Some(change) => last = Some(change),
                     None => self.is_foreign = true,
@@ -287,7 +331,7 @@ impl Core {
         for (id, size, spot) in marks {
             let seq = self.state.log.seq_of(id.as_str()).filter(|seq| *seq > head && !self.places.contains_key(seq));
             let Some(seq) = seq else {
-                self.drop_all(spot);
+                self.drop_all(spot.places().iter().copied());
                 continue;
             };
             self.places.insert(seq, Place { event: spot, records: Vec::new(), is_bare: false });
@@ -374,8 +418,8 @@ impl Core {
 
     fn let_go(&mut self, places: impl IntoIterator<Item = Place>) {
         for place in places {
-            self.drop_all(place.event);
-            self.drop_all(place.records.into_iter().flat_map(|(_, _, spot)| spot));
+            self.drop_all(place.event.places().iter().copied());
+            self.drop_all(place.records.iter().flat_map(|(_, _, spot)| spot.places()).copied());
         }
     }
 
@@ -402,7 +446,7 @@ impl Core {
             if let Some(spot) = record {
                 match self.places.get_mut(&seq).filter(|_| matches!(answer, Settled::Done { .. })) {
                     Some(place) => place.records.push((subscription, number, spot)),
-                    None => self.drop_all(spot),
+                    None => self.drop_all(spot.places().iter().copied()),
                 }
             }
             settled.push(answer);

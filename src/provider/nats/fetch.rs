@@ -82,12 +82,13 @@ impl Shared {
     /// The piece that stands in these messages; `None` when one is gone.
     async fn message(&self, spot: &Spot) -> Result<Option<Message>> {
         let (mut headers, mut body) = (HeaderMap::new(), BytesMut::new());
-        for (at, &place) in spot.iter().enumerate() {
+        let places = spot.places();
+        for (at, &place) in places.iter().enumerate() {
             let Some(message) = self.stored(place).await? else { return Ok(None) };
             if at == 0 {
                 headers = message.headers;
             }
-            if spot.len() == 1 {
+            if places.len() == 1 {
                 return Ok(Some((headers, Bytes::copy_from_slice(&message.payload))));
             }
             body.extend_from_slice(&message.payload);

@@ -9,6 +9,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering;
+use tokio::time::Instant;
 
 use super::Shared;
 use super::core::{Core, FORMAT, Saved};
@@ -130,13 +131,15 @@ impl Shared {
         const ACTION: &str = "make a snapshot";
         self.link.check_connected(ACTION)?;
         let (last, known) = self.pointer().await?.map_or((0, None), |(place, pointer)| (place, Some(pointer)));
-        let (applied, stamp, saved) = {
+        let began = Instant::now();
+        let captured = {
             let core = self.core.lock();
             if core.epoch.is_empty() || core.is_foreign {
                 return Ok(());
             }
-            (core.applied, core.stamp, core.save())
+            core.capture()
         };
+        let (applied, stamp, held) = (captured.applied, captured.stamp, began.elapsed());
         if let Some(known) = known
             && known.applied > applied
             && self.stands(known.applied, known.stamp).await?
@@ -144,7 +147,7 @@ impl Shared {
             // Another process was faster, and is further.
             return self.sweep(known.applied).await;
         }
-        let encoded = tokio::task::spawn_blocking(move || postcard::to_stdvec(&saved)).await;
+        let encoded = tokio::task::spawn_blocking(move || postcard::to_stdvec(&captured)).await;
         let encoded = encoded.ok().and_then(std::result::Result::ok);
         let bytes = Bytes::from(encoded.ok_or_else(|| self.link.failed(ACTION, "the state has no form in bytes"))?);
         let room = self.link.client.max_payload().saturating_sub(1_024).max(1);
@@ -162,7 +165,7 @@ impl Shared {
         let body = serde_json::to_vec(&pointer).unwrap_or_default().into();
         self.link.publish(ACTION, format!("{}pointer", names.snapshot_prefix), headers, body).await?;
         self.saved_bytes.store(bytes.len() as u64, Ordering::Relaxed);
-        tracing::debug!(applied, bytes = bytes.len(), "made a snapshot");
+        tracing::debug!(applied, bytes = bytes.len(), ?held, "made a snapshot");
         self.purge(&names.snapshots, None, first).await?;
         self.sweep(applied).await
     }

@@ -71,7 +71,6 @@ use std::collections::BTreeSet;
 
 use futures_util::StreamExt as _;
 
-use super::core::Saved;
 use crate::delivery::{Attempt, LogLine, Next, Status};
 use crate::event::{Event, Payload, Source};
 use crate::provider::{Examine as _, Lease, Severity, Want, rules};
@@ -104,8 +103,7 @@ fn ended(lease: Lease, next: Next) -> Settlement {
 
 /// A state as bytes.
 fn image(provider: &NatsProvider) -> Vec<u8> {
-    let saved: Saved = provider.shared.core.lock().save();
-    postcard::to_stdvec(&saved).unwrap()
+    postcard::to_stdvec(&provider.shared.core.lock().capture()).unwrap()
 }
 
 async fn messages(provider: &NatsProvider) -> u64 {
@@ -492,7 +490,7 @@ fn the_layout_of_entries_and_snapshots_is_that_of_format_1() {
     assert_eq!((core.state.log.events.pending, core.state.log.events.processing, core.state.log.head), (1, 2, 4));
     let digest =
         |bytes: &[u8]| sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    let snapshot = postcard::to_stdvec(&core.save()).unwrap();
+    let snapshot = postcard::to_stdvec(&core.capture()).unwrap();
     let known = [
         "efef71aa1239bd14a7b62e4435ebb3dd3b88a69c1fcc8772f4b79c29a2299fb1",
         "840c673e6df5c8628526d89d1a0430ef4af0dc0131228c189b6e652b1f755e45",

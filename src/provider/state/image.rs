@@ -1,20 +1,24 @@
 //! All of a state as data, to be kept elsewhere and made a state again.
+//!
+//! A state is captured at once and at little cost; what takes its time, writing it down, is done to the capture, while the
+//! state goes on.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::State;
+use super::log::Slot;
 use super::work::Work;
 use crate::delivery::Status;
 use crate::event::{Event, EventId, EventType, Seq};
 use crate::provider::Document;
 use crate::provider::header::{self, Texts};
 
-/// A state as data. Payloads and metadata of events are not part of it.
-#[derive(Serialize, Deserialize)]
+/// A state as data. Payloads and metadata of events are not part of it. It is written as a [`Capture`].
+#[derive(Deserialize)]
 pub(in crate::provider) struct Image {
     head: Seq,
     pruned: Seq,
@@ -28,7 +32,7 @@ pub(in crate::provider) struct Image {
     documents: Vec<(String, String, Bytes, u64, Option<i64>)>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
 struct Row {
     seq: Seq,
     id: String,
@@ -38,6 +42,42 @@ struct Row {
     works: Vec<Work>,
 }
 
+/// A state as it was at one instant. What it shares with the state is copied when the state changes. In bytes it is an
+/// [`Image`]: the fields and their order are the same.
+#[derive(Serialize)]
+pub(in crate::provider) struct Capture {
+    head: Seq,
+    pruned: Seq,
+    subscriptions: Vec<Arc<str>>,
+    #[serde(serialize_with = "rows")]
+    events: Vec<(Seq, Arc<Slot>)>,
+    erased: Vec<(Seq, String, i64)>,
+    revision: u64,
+    documents: Vec<(String, String, Bytes, u64, Option<i64>)>,
+}
+
+/// As [`Row`].
+#[derive(Serialize)]
+struct RowOf<'a> {
+    seq: Seq,
+    id: &'a str,
+    event_type: &'a str,
+    header: Bytes,
+    appended: i64,
+    works: &'a [Work],
+}
+
+fn rows<S: Serializer>(events: &[(Seq, Arc<Slot>)], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(events.iter().map(|(seq, slot)| RowOf {
+        seq: *seq,
+        id: slot.event.id.as_str(),
+        event_type: slot.event.event_type.as_str(),
+        header: header::header(&bare(&slot.event)).into(),
+        appended: slot.appended,
+        works: slot.works(),
+    }))
+}
+
 /// An event without its heavy parts: payload and metadata.
 pub(in crate::provider) fn bare(event: &Event) -> Event {
     let payload = crate::event::Payload::stored(event.payload.content_type(), Bytes::new());
@@ -45,29 +85,20 @@ pub(in crate::provider) fn bare(event: &Event) -> Event {
 }
 
 impl State {
-    /// The image of this state.
-    pub(in crate::provider) fn image(&self) -> Image {
+    /// This state as it is now.
+    pub(in crate::provider) fn capture(&self) -> Capture {
         let (pruned, erased) = self.log.past();
-        let documents = self.shelf.contents();
-        let row = |(seq, slot): (Seq, &super::log::Slot)| Row {
-            seq,
-            id: slot.event.id.to_string(),
-            event_type: slot.event.event_type.to_string(),
-            header: header::header(&bare(&slot.event)).into(),
-            appended: slot.appended,
-            works: slot.works().to_vec(),
-        };
         let document = |(collection, key, document, expires): (&str, &str, Document, Option<i64>)| {
             (collection.to_owned(), key.to_owned(), document.value, document.revision, expires)
         };
-        Image {
+        Capture {
             head: self.log.head,
             pruned,
             subscriptions: self.lines.list.iter().map(|line| Arc::clone(&line.name)).collect(),
-            events: self.log.after(0).map(row).collect(),
+            events: self.log.shared(),
             erased: erased.iter().map(|(&seq, (id, created))| (seq, id.to_string(), *created)).collect(),
             revision: self.shelf.revision(),
-            documents: documents.into_iter().map(document).collect(),
+            documents: self.shelf.contents().into_iter().map(document).collect(),
         }
     }
 

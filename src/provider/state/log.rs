@@ -16,6 +16,7 @@ use crate::delivery::Status;
 use crate::event::{Event, EventId, Seq};
 
 /// An event and its deliveries.
+#[derive(Clone)]
 pub(in crate::provider) struct Slot {
     pub(in crate::provider) event: Arc<Event>,
     /// When it was sequenced.
@@ -95,11 +96,11 @@ pub(in crate::provider) struct Log {
     /// The highest seq that was pruned or evicted.
     pruned: Seq,
     /// The slots from `head + 1 - recent.len()` to `head`.
-    recent: VecDeque<Option<Box<Slot>>>,
+    recent: VecDeque<Option<Arc<Slot>>>,
     /// How many of `recent` are empty.
     holes: usize,
     /// Slots below `recent`: open events that outlived most of what came after them.
-    older: BTreeMap<Seq, Box<Slot>>,
+    older: BTreeMap<Seq, Arc<Slot>>,
     /// Which id stands where; also those of erased events.
     ids: Ids,
     /// Erased events, with the time that they were made.
@@ -150,10 +151,18 @@ impl Log {
     }
 
     fn get_mut(&mut self, seq: Seq) -> Option<&mut Slot> {
-        match seq.checked_sub(self.first_recent()) {
-            Some(offset) => self.recent.get_mut(usize::try_from(offset).ok()?)?.as_deref_mut(),
-            None => self.older.get_mut(&seq).map(|slot| &mut **slot),
-        }
+        let slot = match seq.checked_sub(self.first_recent()) {
+            Some(offset) => self.recent.get_mut(usize::try_from(offset).ok()?)?.as_mut(),
+            None => self.older.get_mut(&seq),
+        };
+        slot.map(Arc::make_mut)
+    }
+
+    /// All slots as they are now, ascending: what is changed from here on is changed in a copy.
+    pub(in crate::provider) fn shared(&self) -> Vec<(Seq, Arc<Slot>)> {
+        let older = self.older.iter().map(|(&seq, slot)| (seq, Arc::clone(slot)));
+        let recent = (self.first_recent()..).zip(&self.recent);
+        older.chain(recent.filter_map(|(seq, slot)| Some((seq, Arc::clone(slot.as_ref()?))))).collect()
     }
 
     /// The slots after `after`, ascending.
@@ -214,7 +223,7 @@ impl Log {
         if !slot.is_open() {
             self.finished.push(seq);
         }
-        self.older.insert(seq, Box::new(slot));
+        self.older.insert(seq, Arc::new(slot));
     }
 
     /// Adds an event whose id is new; `subscriptions` ascend.
@@ -235,7 +244,7 @@ impl Log {
         if subscriptions.is_empty() {
             self.finished.push(self.head);
         }
-        self.recent.push_back(Some(Box::new(slot)));
+        self.recent.push_back(Some(Arc::new(slot)));
         status
     }
 
@@ -299,7 +308,7 @@ impl Log {
         Some(work)
     }
 
-    fn take(&mut self, seq: Seq) -> Option<Box<Slot>> {
+    fn take(&mut self, seq: Seq) -> Option<Arc<Slot>> {
         let slot = match seq.checked_sub(self.first_recent()) {
             Some(offset) => self.recent.get_mut(usize::try_from(offset).ok()?)?.take().inspect(|_| self.holes += 1),
             None => self.older.remove(&seq),
@@ -312,7 +321,7 @@ impl Log {
     }
 
     /// Removes an event's content for good, and returns it.
-    pub(in crate::provider) fn erase(&mut self, seq: Seq) -> Option<Box<Slot>> {
+    pub(in crate::provider) fn erase(&mut self, seq: Seq) -> Option<Arc<Slot>> {
         let slot = self.take(seq)?;
         self.erased.insert(seq, (slot.event.id.clone(), slot.event.created_at.as_microsecond()));
         Some(slot)

@@ -18,7 +18,7 @@ use std::time::Duration;
 use foldhash::HashMap;
 
 use self::documents::Shelf;
-pub(in crate::provider) use self::image::{Image, bare};
+pub(in crate::provider) use self::image::{Capture, Image, bare};
 use self::line::Line;
 use self::log::Log;
 pub(in crate::provider) use self::work::as_micros;
