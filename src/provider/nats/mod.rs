@@ -13,6 +13,7 @@ mod fetch;
 mod follow;
 mod link;
 mod open;
+mod prune;
 mod send;
 mod snapshot;
 
@@ -416,6 +417,10 @@ impl Provider for NatsProvider {
     }
 
     async fn prune(&self, retention: &Retention) -> Result<u64> {
+        if !self.shared.is_prunable(retention).await? {
+            self.shared.tidy().await;
+            return Ok(0);
+        }
         let prune = Move::Prune { age: retention.max_age.map(as_micros), events: retention.max_events };
         let pruned: Result<u64> = expect_outcome!(self, "prune".to_owned(), vec![prune.piece()], Changed);
         let pruned = pruned?;

@@ -208,6 +208,39 @@ async fn what_is_of_no_use_goes_with_a_snapshot_and_nothing_else_does() {
     assert_eq!(provider.list(&EventFilter::default()).await.unwrap().records.len(), 99);
 }
 
+/// Retention comes by every minute, and writes nothing where it has nothing to remove.
+#[tokio::test]
+async fn retention_without_anything_to_remove_writes_nothing() {
+    let place = Place::new();
+    let provider = place.provider().await;
+    provider.append(appends(4)).await.unwrap();
+    let done = claim(&provider, 2).await.into_iter().map(|lease| ended(lease, Next::Complete)).collect();
+    provider.settle(done).await.unwrap();
+    let hour = Duration::from_secs(3_600);
+    let value = || Bytes::from("v");
+    provider.put_document("c", "k", value(), Expect::Any, Some(2 * hour)).await.unwrap();
+    let prune = async |max_age: Option<Duration>, max_events: Option<u64>| {
+        let before = provider.shared.stream_state("look").await.unwrap().last_sequence;
+        let pruned = provider.prune(&Retention { max_age, max_events }).await.unwrap();
+        (pruned, provider.shared.stream_state("look").await.unwrap().last_sequence - before)
+    };
+    assert_eq!(prune(None, None).await, (0, 0));
+    assert_eq!(prune(Some(hour), Some(4)).await, (0, 0));
+    assert_eq!(prune(Some(hour), Some(3)).await, (1, 1));
+    place.advance(hour * 3 / 2).await;
+    assert_eq!(prune(Some(hour), None).await, (1, 1));
+    // What is left is open.
+    assert_eq!(prune(Some(hour), Some(0)).await, (0, 0));
+    place.advance(hour).await;
+    // The document has expired.
+    assert_eq!(prune(None, None).await, (0, 1));
+    assert_eq!(prune(None, None).await, (0, 0));
+    let id = provider.read(0, 1).await.unwrap().events.remove(0).id.to_string();
+    provider.amend(Amendment::Erase { id }).await.unwrap();
+    assert_eq!(prune(Some(hour), None).await, (0, 1));
+    assert_eq!(prune(Some(hour), Some(0)).await, (0, 0));
+}
+
 /// An erased event's content is in no message any more, wherever it stands among those that are kept.
 #[tokio::test]
 async fn what_is_erased_is_in_no_message() {

@@ -126,6 +126,11 @@ impl Shelf {
         live.take(max).map(|(key, entry)| (key.clone(), entry.document())).collect()
     }
 
+    /// Whether a document has expired that is still here.
+    pub(in crate::provider) fn is_overdue(&self, now: i64) -> bool {
+        self.collections.values().flat_map(BTreeMap::values).any(|entry| !entry.is_live(now))
+    }
+
     /// Drops what has expired.
     pub(in crate::provider) fn expire(&mut self, now: i64) {
         self.collections.retain(|_, documents| {
