@@ -1,7 +1,7 @@
 //! The feed over every store: what a client is told, from where on, and what it is told when that cannot be served.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use tidegate::event::{Seq, UserId};
@@ -613,6 +613,20 @@ async fn a_deleted_stream_is_one_reset_and_the_feed_goes_on() {
     let client = async_nats::connect(server.url()).await.unwrap();
     one_reset(nats_at(&server.url()).await, async || {
         async_nats::jetstream::new(client.clone()).delete_stream("tidegate-default").await.unwrap();
+    })
+    .await;
+}
+
+/// A server that had it in memory and was killed has nothing of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_nats_in_memory_is_one_reset_and_the_feed_goes_on() {
+    let server = Mutex::new(NatsServer::start(&[]));
+    let options = nats::Options { url: server.lock().unwrap().url(), ..nats::Options::default() };
+    let options = nats::Options { storage: nats::Storage::Memory, ..options };
+    one_reset(Arc::new(NatsProvider::open(options).await.unwrap()), async || {
+        let mut server = server.lock().unwrap();
+        server.kill();
+        server.restart();
     })
     .await;
 }

@@ -23,6 +23,7 @@ mod hooks;
 mod house;
 mod instances;
 mod nats;
+mod nats_server;
 mod outbox;
 mod postgres;
 mod redis;

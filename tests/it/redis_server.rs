@@ -1,6 +1,5 @@
 //! What follows from how a Redis server is set up: TLS, and what its ways of keeping data lose when it is killed.
 
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -9,34 +8,15 @@ use tidegate::provider::redis::{Options, RedisProvider};
 use tidegate::provider::{Append, Durability, Provider as _};
 use tidegate::{Event, Payload, Source};
 
+use crate::support::certificates;
 use crate::support::redis::RedisServer;
 use crate::support::server::{Server, free_port};
-
-/// Runs `openssl` in the folder.
-fn openssl(folder: &Path, arguments: &str) {
-    let mut command = Command::new("openssl");
-    let output = command.args(arguments.split(' ')).current_dir(folder).output().expect("openssl: run `make setup`");
-    assert!(output.status.success(), "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
-}
-
-/// A certificate authority, and the certificate of a server at 127.0.0.1 that it has signed.
-fn certificates(folder: &Path) -> PathBuf {
-    let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2";
-    openssl(folder, &format!("req -x509 {key} -keyout ca.key -out ca.pem -subj /CN=tidegate-test-authority"));
-    openssl(folder, &format!("req {key} -keyout server.key -out server.csr -subj /CN=redis"));
-    std::fs::write(folder.join("names"), "subjectAltName=IP:127.0.0.1\nbasicConstraints=critical,CA:FALSE\n").unwrap();
-    openssl(
-        folder,
-        "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile names -out server.pem",
-    );
-    folder.join("ca.pem")
-}
 
 /// A certificate is checked against what the system trusts, and there is no way around it.
 #[tokio::test]
 async fn a_server_with_tls_is_used_if_its_certificate_is_trusted() {
     let folder = tempfile::tempdir().unwrap();
-    let authority = certificates(folder.path()).display().to_string();
+    let authority = certificates::make(folder.path()).display().to_string();
     let file = |name: &str| folder.path().join(name).display().to_string();
     let port = free_port();
     let redis = RedisServer::start(&[
@@ -72,7 +52,7 @@ async fn a_server_with_tls_is_used_if_its_certificate_is_trusted() {
     };
     // An authority that has not signed it, a name that is not in it, and a server that speaks no TLS at all.
     let other = tempfile::tempdir().unwrap();
-    let unknown = certificates(other.path()).display().to_string();
+    let unknown = certificates::make(other.path()).display().to_string();
     let rows = [
         (url.clone(), unknown, "certificate"),
         (url.replace("127.0.0.1", "localhost"), authority.clone(), "certificate"),

@@ -105,14 +105,14 @@ impl Shared {
     pub(super) async fn stored_in(&self, stream: &str, place: u64) -> Result<Option<StreamMessage>> {
         const ACTION: &str = "fetch a message";
         self.link.check_connected(ACTION)?;
-        let stream = self.link.context.get_stream_no_info(stream).await;
+        let stream = self.link.answer(ACTION, self.link.context.get_stream_no_info(stream)).await?;
         let stream = stream.map_err(|error| self.link.failed(ACTION, &error.to_string()))?;
-        if let Ok(message) = stream.direct_get(place).await {
+        if let Ok(message) = self.link.answer(ACTION, stream.direct_get(place)).await? {
             return Ok(Some(message));
         }
         use async_nats::jetstream::ErrorCode;
         use async_nats::jetstream::stream::RawMessageErrorKind as Kind;
-        match stream.get_raw_message(place).await {
+        match self.link.answer(ACTION, stream.get_raw_message(place)).await? {
             Ok(message) => Ok(Some(message)),
             Err(error) => match error.kind() {
                 Kind::NoMessageFound => Ok(None),

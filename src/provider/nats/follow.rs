@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, push};
-use async_nats::jetstream::stream::{Config, DiscardPolicy};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, StorageType};
 use async_nats::{Message, StatusCode, Subscriber};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -34,6 +34,9 @@ struct Source {
     messages: Subscriber,
     /// How many came.
     count: u64,
+    /// Once this place is applied, what was sent before the connection broke for the how many-th time is there or will
+    /// not come.
+    known: Option<(u64, u64)>,
 }
 
 /// Makes what is missing, reads what there is, and follows it from then on.
@@ -100,6 +103,7 @@ async fn begin(shared: &Arc<Shared>) -> Result<Source> {
     for config in [link.names.log_config(&link.options), link.names.snapshots_config(&link.options)] {
         make(shared, config).await?;
     }
+    let breaks = link.breaks();
     let state = shared.stream_state("read the log").await?;
     let (applied, stamp) = {
         let core = shared.core.lock();
@@ -127,7 +131,20 @@ async fn begin(shared: &Arc<Shared>) -> Result<Source> {
         shared.applied.send_replace(place);
     }
     let next = shared.core.lock().applied + 1;
-    subscribe(shared, next).await
+    let mut source = subscribe(shared, next).await?;
+    if state.last_sequence < next {
+        shared.give_up(breaks);
+    } else {
+        source.known = Some((state.last_sequence, breaks));
+    }
+    Ok(source)
+}
+
+impl Shared {
+    /// What was sent before the connection broke for the how many-th time is not there: whoever waits for it is told.
+    fn give_up(&self, breaks: u64) {
+        self.waiting.lock().retain(|_, (sent, _)| *sent >= breaks);
+    }
 }
 
 /// Makes a stream where there is none, and refuses one that would lose messages.
@@ -135,7 +152,7 @@ async fn make(shared: &Shared, config: Config) -> Result<()> {
     let (link, name) = (&shared.link, config.name.clone());
     let action = format!("make stream {name}");
     link.check_connected(&action)?;
-    let made = link.context.get_or_create_stream(config).await;
+    let made = link.answer(&action, link.context.get_or_create_stream(config)).await?;
     let stream = made.map_err(|error| link.failed(&action, &error.to_string()))?;
     let stands = &stream.cached_info().config;
     let drops = stands.discard != DiscardPolicy::New || !stands.max_age.is_zero() || stands.max_messages > 0;
@@ -145,6 +162,9 @@ async fn make(shared: &Shared, config: Config) -> Result<()> {
              and max messages per subject"
         );
         return Err(Error::invalid("provider", &link.server, reason));
+    }
+    if name == link.names.log {
+        shared.is_in_memory.store(stands.storage == StorageType::Memory, Ordering::Relaxed);
     }
     Ok(())
 }
@@ -167,13 +187,13 @@ async fn subscribe(shared: &Shared, next: u64) -> Result<Source> {
         ..push::Config::default()
     };
     let before = crate::event::now().as_microsecond();
-    let consumer = link.context.create_consumer_on_stream(config, &link.names.log).await;
+    let consumer = link.answer(ACTION, link.context.create_consumer_on_stream(config, &link.names.log)).await?;
     let consumer = consumer.map_err(|error| link.failed(ACTION, &error.to_string()))?;
     let after = crate::event::now().as_microsecond();
     let created = i64::try_from(consumer.cached_info().created.unix_timestamp_nanos() / 1_000).unwrap_or(after);
     *shared.time.lock() = (created, Instant::now());
     *shared.clocks.lock() = (created, before, after);
-    Ok(Source { messages, count: 0 })
+    Ok(Source { messages, count: 0, known: None })
 }
 
 /// Applies what comes. `Ok` when it is time to look anew.
@@ -239,13 +259,16 @@ fn take(shared: &Shared, source: &mut Source, message: Message) -> Result<()> {
     };
     if let Some(((session, number), outcome)) = applied {
         if session == shared.session
-            && let Some(waiting) = shared.waiting.lock().remove(&number)
+            && let Some((_, waiting)) = shared.waiting.lock().remove(&number)
         {
             drop(waiting.send(outcome));
         }
         shared.tick();
     }
     shared.applied.send_replace(at);
+    if let Some((_, breaks)) = source.known.take_if(|(place, _)| *place <= at) {
+        shared.give_up(breaks);
+    }
     Ok(())
 }
 

@@ -9,10 +9,11 @@ use std::time::Duration;
 use async_nats::client::{Request, RequestErrorKind};
 use async_nats::connection::State;
 use async_nats::jetstream::{self, Context, ErrorCode};
-use async_nats::{Client, HeaderMap};
+use async_nats::{Client, ConnectError, ConnectErrorKind, Event, HeaderMap};
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::watch;
 
 use super::Options;
 use super::open::{Names, Place};
@@ -31,6 +32,8 @@ pub(super) struct Link {
     /// The server, without secrets, as messages name it.
     pub(super) server: String,
     is_closed: AtomicBool,
+    /// How often the connection broke.
+    breaks: watch::Receiver<u64>,
     /// Calls that failed.
     pub(super) errors: AtomicU64,
 }
@@ -43,14 +46,35 @@ struct Acknowledgement {
     error: Option<jetstream::Error>,
 }
 
+/// What to do about a connection that could not be made.
+fn hint(error: &ConnectError, is_encrypted: bool) -> &'static str {
+    let words = error.to_string();
+    match error.kind() {
+        ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => {
+            ": set nats.username and nats.password, nats.token or nats.credentials to what the server knows"
+        }
+        _ if words.contains("certificate") => {
+            ": only certificates of an authority that the system trusts are accepted; SSL_CERT_FILE names a file with others"
+        }
+        _ if is_encrypted && error.kind() != ConnectErrorKind::Dns && !words.contains("refused") => {
+            ": a server that is named tls:// must speak TLS"
+        }
+        _ => "",
+    }
+}
+
 impl Link {
     pub(super) async fn connect(
         place: Place,
         options: Options,
         changed: tokio::sync::mpsc::Sender<()>,
     ) -> Result<Self> {
+        let (broke, breaks) = watch::channel(0);
         let connecting = place.connecting(&options).await?.event_callback(move |event| {
             let changed = changed.clone();
+            if event == Event::Disconnected {
+                broke.send_modify(|count| *count += 1);
+            }
             async move {
                 tracing::debug!(%event, "the connection to NATS");
                 // Whoever follows the stream looks anew; one such message is enough.
@@ -58,12 +82,7 @@ impl Link {
             }
         });
         let client = connecting.connect(&place.addresses).await.map_err(|error| {
-            let hint = match error.kind() {
-                async_nats::ConnectErrorKind::AuthorizationViolation | async_nats::ConnectErrorKind::Authentication => {
-                    ": set nats.username and nats.password, nats.token or nats.credentials to what the server knows"
-                }
-                _ => "",
-            };
+            let hint = hint(&error, place.is_encrypted);
             Error::store("nats", format!("connect to {}", place.server), format!("{error}{hint}"))
         })?;
         let mut context = jetstream::new(client.clone());
@@ -75,6 +94,7 @@ impl Link {
             options,
             server: place.server,
             is_closed: AtomicBool::new(false),
+            breaks,
             errors: AtomicU64::new(0),
         })
     }
@@ -97,10 +117,26 @@ impl Link {
         }
     }
 
+    /// How often the connection broke so far.
+    pub(super) fn breaks(&self) -> u64 {
+        *self.breaks.borrow()
+    }
+
+    /// What is asked for, unless the connection breaks: what was on its way then is never answered.
+    pub(super) async fn answer<T>(&self, action: &str, asking: impl Future<Output = T>) -> Result<T> {
+        let mut breaks = self.breaks.clone();
+        breaks.mark_unchanged();
+        tokio::select! {
+            biased;
+            answer = asking => Ok(answer),
+            Ok(()) = breaks.changed() => Err(self.failed(action, "the connection broke: what became of it is not known")),
+        }
+    }
+
     /// Has the stream of this subject take a message in; answers with its place.
     pub(super) async fn publish(&self, action: &str, subject: String, headers: HeaderMap, body: Bytes) -> Result<u64> {
         let request = Request::new().headers(headers).payload(body).timeout(Some(self.options.response_timeout));
-        let answer = self.client.send_request(subject, request).await;
+        let answer = self.answer(action, self.client.send_request(subject, request)).await?;
         let answer = answer.map_err(|error| match error.kind() {
             RequestErrorKind::NoResponders => self.failed(action, "the stream is gone; it is made anew"),
             RequestErrorKind::TimedOut => self.late(action),
@@ -124,7 +160,7 @@ impl Link {
         use jetstream::response::Response;
         self.check_connected(action)?;
         let asking = self.context.request::<_, _, Response<T>>(subject, body);
-        let answer = tokio::time::timeout(self.options.response_timeout, asking).await;
+        let answer = self.answer(action, tokio::time::timeout(self.options.response_timeout, asking)).await?;
         match answer.map_err(|_elapsed| self.late(action))? {
             Ok(Response::Ok(answer)) => Ok(Some(answer)),
             Ok(Response::Err { error }) => match error.error_code() {

@@ -20,7 +20,7 @@ mod snapshot;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -79,7 +79,7 @@ pub struct Options {
     /// A file with a user's JWT and seed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub credentials: Option<PathBuf>,
-    /// What an acknowledged write survives, where it is not what `storage` means.
+    /// What an acknowledged write survives, where it is not what the stream's storage means.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub durability: Option<Durability>,
     /// How long making a connection may take.
@@ -144,8 +144,8 @@ pub struct NatsProvider {
 struct Shared {
     link: Link,
     core: Mutex<Core>,
-    /// Who waits for which of this process's entries.
-    waiting: Mutex<HashMap<u64, oneshot::Sender<Outcome>>>,
+    /// Who waits for which of this process's entries, and how often the connection had broken when it was sent.
+    waiting: Mutex<HashMap<u64, (u64, oneshot::Sender<Outcome>)>>,
     /// Names this process's entries.
     session: u64,
     count: AtomicU64,
@@ -164,6 +164,8 @@ struct Shared {
     bytes: AtomicU64,
     /// The most that it may have; 0 for no bound.
     max_bytes: AtomicU64,
+    /// Whether the stream is kept in memory, which is for whoever made it to say.
+    is_in_memory: AtomicBool,
     /// Whether events were refused for want of room, since room was last made.
     is_full: AtomicBool,
     /// Held while a snapshot is made.
@@ -224,6 +226,7 @@ impl NatsProvider {
             look: Notify::new(),
             bytes: AtomicU64::new(0),
             max_bytes: AtomicU64::new(0),
+            is_in_memory: AtomicBool::new(false),
             is_full: AtomicBool::new(false),
             saving: tokio::sync::Mutex::default(),
             saved_bytes: AtomicU64::new(0),
@@ -237,11 +240,8 @@ impl NatsProvider {
 
 impl Shared {
     fn durability(&self) -> Durability {
-        let options = &self.link.options;
-        options.durability.unwrap_or(match options.storage {
-            Storage::File => Durability::Os,
-            Storage::Memory => Durability::Process,
-        })
+        let is_in_memory = self.is_in_memory.load(Ordering::Relaxed);
+        self.link.options.durability.unwrap_or(if is_in_memory { Durability::Process } else { Durability::Os })
     }
 
     /// The server's time, roughly.

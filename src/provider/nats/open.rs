@@ -13,6 +13,8 @@ const FORM: &str = "must be nats://[USER:PASSWORD@]HOST[:PORT][,HOST…][?namesp
 /// The server, and the part of it that is used.
 pub(super) struct Place {
     pub(super) addresses: Vec<ServerAddr>,
+    /// Whether nothing is said to a server in the clear.
+    pub(super) is_encrypted: bool,
     login: Option<(String, String)>,
     /// For messages.
     pub(super) server: String,
@@ -55,7 +57,7 @@ impl Place {
         }
         let addresses = hosts.split(',').map(|host| format!("{scheme}://{host}").parse::<ServerAddr>());
         let addresses = addresses.collect::<std::io::Result<_>>().map_err(|error| refuse(error.to_string()))?;
-        Ok(Self { addresses, login: login.transpose()?, server, namespace })
+        Ok(Self { addresses, is_encrypted: scheme == "tls", login: login.transpose()?, server, namespace })
     }
 
     /// How to connect: who logs in, and how long anything may take.
@@ -64,6 +66,8 @@ impl Place {
             .name(format!("tidegate {}", self.namespace))
             .connection_timeout(options.connect_timeout)
             .request_timeout(Some(options.response_timeout))
+            // Of the other servers of a cluster too, which it names without saying how they are reached.
+            .require_tls(self.is_encrypted)
             .max_reconnects(None)
             .reconnect_delay_callback(|attempts| pause(u32::try_from(attempts).unwrap_or(u32::MAX)))
             // The messages of one subscription: what does not fit is lost, and read again.

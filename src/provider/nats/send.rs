@@ -34,7 +34,8 @@ impl Shared {
         self.check_known()?;
         let number = self.count.fetch_add(1, Ordering::Relaxed);
         let (answer, mut answered) = oneshot::channel();
-        self.waiting.lock().insert(number, answer);
+        let breaks = self.link.breaks();
+        self.waiting.lock().insert(number, (breaks, answer));
         let _waiting = Waiting(self, number);
         let sending = self.pass_on(action, number, pieces);
         let work = async {
@@ -45,7 +46,10 @@ impl Shared {
                     biased;
                     outcome = &mut answered => return outcome.map_err(|_gone| self.link.failed(action, "what became of it is not known")),
                     sent = &mut sending, if !is_sent => {
-                        if let Err(error) = sent {
+                        // Where the connection broke, whoever follows the stream finds out whether it is there.
+                        if let Err(error) = sent
+                            && self.link.breaks() == breaks
+                        {
                             // It may be that the stream is gone, or another.
                             self.look.notify_one();
                             return Err(error);

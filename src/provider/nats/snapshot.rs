@@ -186,8 +186,10 @@ impl Shared {
             let subject = format!("STREAM.MSG.DELETE.{}", names.log);
             let asked = serde_json::json!({"seq": place});
             // One that is gone already is told as a refusal.
-            let answer = self.link.context.request::<_, _, serde_json::Value>(subject, &asked).await;
-            answer.map(drop).map_err(|error| self.link.failed("remove messages", &error.to_string()))
+            const ACTION: &str = "remove messages";
+            let asking = self.link.context.request::<_, _, serde_json::Value>(subject, &asked);
+            let answer = self.link.answer(ACTION, asking).await?;
+            answer.map(drop).map_err(|error| self.link.failed(ACTION, &error.to_string()))
         });
         stream::iter(deletions).buffer_unordered(AT_ONCE).try_collect::<()>().await?;
         self.announce(&Move::Swept { below, seen }).await

@@ -409,6 +409,63 @@ async fn a_killed_nats_has_lost_nothing_that_was_acknowledged() {
     assert!(image(&late) == image(&provider));
 }
 
+/// What was on its way when the connection broke is known as soon as the stream is followed again: nobody waits for an answer
+/// that will not come, however long he would.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_broken_connection_held_is_known_once_it_is_made_anew() {
+    let mut server = NatsServer::start(&[]);
+    let options = Options { response_timeout: Duration::from_secs(600), ..Place::on(&server).options() };
+    let provider = Arc::new(NatsProvider::open(options).await.unwrap());
+    let enough = Arc::new(AtomicBool::new(false));
+    let publishers: Vec<_> = (0..8)
+        .map(|_| {
+            let (provider, enough) = (Arc::clone(&provider), Arc::clone(&enough));
+            tokio::spawn(async move {
+                let (mut acknowledged, mut refused) = (Vec::new(), 0);
+                while !enough.load(Ordering::Relaxed) {
+                    let batch = appends(3);
+                    let ids: Vec<_> = batch.iter().map(|append| append.event.id.to_string()).collect();
+                    match provider.append(batch).await {
+                        Ok(_) => acknowledged.extend(ids),
+                        // While there is no connection calls fail at once.
+                        Err(_) => {
+                            refused += 1;
+                            tokio::time::sleep(Duration::from_millis(5)).await;
+                        }
+                    }
+                }
+                (acknowledged, refused)
+            })
+        })
+        .collect();
+    let total = async || provider.stats().await.map_or(0, |stats| stats.total_events);
+    let (until, mut goal) = (std::time::Instant::now() + Duration::from_secs(60), 0);
+    for _ in 0..4 {
+        goal += 150;
+        while total().await < goal {
+            assert!(std::time::Instant::now() < until, "nothing is appended");
+        }
+        server.kill();
+        server.restart();
+    }
+    goal += 150;
+    while total().await < goal {
+        assert!(std::time::Instant::now() < until, "nothing is appended");
+    }
+    enough.store(true, Ordering::Relaxed);
+    let (mut acknowledged, mut refusals) = (BTreeSet::new(), 0);
+    for publisher in publishers {
+        let ended = tokio::time::timeout(Duration::from_secs(60), publisher);
+        let (ids, refused) = ended.await.expect("somebody waits for ever").unwrap();
+        acknowledged.extend(ids);
+        refusals += refused;
+    }
+    assert!(refusals > 0, "no blow fell on anything");
+    let stored: BTreeSet<String> =
+        claim(&provider, 99_999).await.iter().map(|lease| lease.event.id.to_string()).collect();
+    assert!(acknowledged.is_subset(&stored), "{} of {}", stored.len(), acknowledged.len());
+}
+
 #[tokio::test]
 async fn urls_and_logins_that_cannot_be_used_are_refused_by_name() {
     let server = NatsServer::start(&["--user", "app", "--pass", "p@ss"]);

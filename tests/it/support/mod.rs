@@ -1,5 +1,6 @@
 //! What tests share: real servers of our own, and a checker of what they promised.
 
+pub(crate) mod certificates;
 mod child;
 pub(crate) mod guests;
 pub(crate) mod history;
