@@ -133,9 +133,6 @@ pub(crate) async fn run(url: &str, count: usize) {
             );
         }
     }
-    if name == "nats" {
-        snapshots(url).await;
-    }
     prune(&*provider, 0).await;
     let left = size(&*provider).await;
     println!(
@@ -143,6 +140,9 @@ pub(crate) async fn run(url: &str, count: usize) {
         (left.memory - empty.memory) / 1_048_576.0,
         (left.stored - empty.stored) / 1_048_576.0
     );
+    if name == "nats" {
+        snapshots(url).await;
+    }
 }
 
 /// How long whoever reads waits while a snapshot of many events is made, and how long a process takes to begin with them.
