@@ -93,14 +93,15 @@ async fn work(mut rig: Rig, count: usize) {
 /// many attempts of each are settled; until its input ends.
 async fn share(mut rig: Rig) {
     println!("ready");
-    let mut lines = std::io::stdin().lock().lines();
-    lines.next().unwrap().unwrap();
+    // Whoever keeps the lock would keep the task below from seeing the end.
+    std::io::stdin().read_line(&mut String::new()).unwrap();
     for name in replicas::SUBSCRIPTIONS {
         rig.broker.subscribe(Subscription::new(name, "shop.orders.*".parse().unwrap()), idle()).await.unwrap();
     }
     let running = rig.run();
     let ended = tokio::task::spawn_blocking(|| std::io::stdin().lock().lines().count());
-    let mut ticks = tokio::time::interval(Duration::from_millis(10));
+    // Seldom: telling takes time that the work would have.
+    let mut ticks = tokio::time::interval(Duration::from_millis(50));
     while !ended.is_finished() {
         ticks.tick().await;
         let counts = rig.settled_of(replicas::SUBSCRIPTIONS).map(|count| count.to_string());
