@@ -41,8 +41,8 @@ use crate::delivery::EventDetail;
 use crate::error::Result;
 use crate::event::Seq;
 
-/// The layout of keys and records that this version writes.
-const SCHEMA: u64 = 1;
+/// The layout of keys and records that this version writes, as `lua/prelude.lua` notes it beside a new log.
+const SCHEMA: u64 = 2;
 
 /// Where the server is, and how it is used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -141,7 +141,7 @@ impl RedisProvider {
     ///
     /// # Errors
     /// [`Error::Invalid`](crate::Error::Invalid) naming `provider` or `redis.namespace` when the URL, the namespace or the server's eviction policy
-    /// cannot be used, [`Error::Incompatible`](crate::Error::Incompatible) when the server is too old or the namespace was written by a newer version,
+    /// cannot be used, [`Error::Incompatible`](crate::Error::Incompatible) when the server is too old or the namespace was written in another layout,
     /// and [`Error::Store`](crate::Error::Store) when the server cannot be reached or refuses.
     pub async fn open(options: Options) -> Result<Self> {
         Self::build(options, Opening::Migrate, None).await

@@ -210,7 +210,7 @@ fn check_policy(link: &Link, policy: &str) -> Result<()> {
     }
 }
 
-/// Whether there is a log; refuses that of a newer version, and whoever may not read it.
+/// Whether there is a log; refuses one of another layout, and whoever may not read it.
 pub(super) async fn check_schema(link: &Link, key: &str) -> Result<bool> {
     let mut command = redis::cmd("HGET");
     command.arg(key).arg("schema");
@@ -219,8 +219,13 @@ pub(super) async fn check_schema(link: &Link, key: &str) -> Result<bool> {
         return Ok(false);
     }
     let schema = row::text(schema).parse().unwrap_or(u64::MAX);
-    if schema > SCHEMA {
-        let reason = format!("has schema {schema} under {key}; this version knows {SCHEMA}: use the newer tidegate");
+    if schema != SCHEMA {
+        // No release has written an older one: there is nothing to bring up to date.
+        let what_to_do = match schema > SCHEMA {
+            true => "use the newer tidegate",
+            false => "use another namespace, or the tidegate that wrote it",
+        };
+        let reason = format!("has schema {schema} under {key}; this version knows {SCHEMA}: {what_to_do}");
         return Err(Error::Incompatible { what: link.server.clone(), reason: reason.into() });
     }
     Ok(true)

@@ -308,12 +308,15 @@ async fn a_server_that_never_answers_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_newer_schema_and_foreign_keys_are_refused() {
+async fn another_schema_and_foreign_keys_are_refused() {
     let server = RedisServer::start(&[]);
     Place::on(&server).provider().await;
     raw(&server, &["HSET", "{tidegate:newer}:meta", "schema", "99"]).await;
     let text = refusal(&format!("{}?namespace=newer", server.url())).await;
     assert!(text.contains("schema 99") && text.contains("newer tidegate"), "{text}");
+    raw(&server, &["HSET", "{tidegate:older}:meta", "schema", "1"]).await;
+    let text = refusal(&format!("{}?namespace=older", server.url())).await;
+    assert!(text.contains("schema 1 ") && text.contains("another namespace"), "{text}");
     raw(&server, &["SET", "{tidegate:foreign}:meta", "1"]).await;
     let text = refusal(&format!("{}?namespace=foreign", server.url())).await;
     assert!(text.contains("redis.namespace"), "{text}");

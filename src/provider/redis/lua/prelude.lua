@@ -55,7 +55,7 @@ end
 
 local function ensure_log()
   if call('HSETNX', meta, 'epoch', ARGV[2]) == 1 then
-    call('HSET', meta, 'schema', '1', 'head', '0', 'pruned', '0', 'swept', '0')
+    call('HSET', meta, 'schema', '2', 'head', '0', 'pruned', '0', 'swept', '0')
   end
 end
 
