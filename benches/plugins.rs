@@ -1,9 +1,9 @@
 //! What a call of a plugin costs: a handler that does nothing, against extism and against wasmtime by hand.
 //!
-//! `cargo bench -- plugins`. One thread, a payload of about 300 bytes, nothing durable. Ours has all limits on: epoch,
-//! fuel, memory and time. extism 1.30 runs as a process of its own (its wasmtime is another version), with a guest that
-//! does nothing either; fresh is a `Plugin` of one `CompiledPlugin` per call, warm one `Plugin` for all. By hand is
-//! wasmtime with the same pool, epoch and fuel, without any other limit.
+//! `cargo bench -- plugins`. One thread, a payload of about 300 bytes, nothing durable. Ours has the default limits on:
+//! epoch, memory, calls of the host and time; against extism a budget of fuel too. extism 1.30 runs as a process of its own
+//! (its wasmtime is another version), with a guest that does nothing either; fresh is a `Plugin` of one `CompiledPlugin`
+//! per call, warm one `Plugin` for all. By hand is wasmtime with the same pool and epoch, without any other limit.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,15 +22,21 @@ use crate::support::{compare, payload, per_second};
 
 const CALLS: usize = 20_000;
 const BATCH: usize = 64;
+const BATCHES: usize = 3_000;
 const FUEL: u64 = 500_000_000;
+const METERED: &str = "[limits]\nfuel = 500000000\n";
+const HANDLER: &str = "tidegate:plugin/handler@1.0.0";
+const REUSED: &str = "reuse = 1000000000\n";
 
 pub(crate) fn run() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let raw = Raw::new();
     let fresh = Ours::idle(&runtime, "");
-    let reused = Ours::idle(&runtime, "reuse = 1000000000\n");
+    let reused = Ours::idle(&runtime, REUSED);
     let event = Arc::new(event());
     if let Some(extism) = peer::cargo("extism") {
+        let fresh = Ours::idle(&runtime, METERED);
+        let reused = Ours::idle(&runtime, &format!("{REUSED}{METERED}"));
         compare(
             "no-op handler, fresh instance per event, against extism's fresh plugin",
             "≥ 12",
@@ -49,6 +55,24 @@ pub(crate) fn run() {
         "≥ 8",
         || runtime.block_on(fresh.batches(&event)),
         || runtime.block_on(fresh.handle(&event)),
+    );
+    if let Some(bytes) = built("faults") {
+        let manifest = component::manifest(&bytes).unwrap().1.replace("max = 1", "max = 64");
+        let built = Ours::new(&runtime, embed_manifest(&bytes, &manifest).unwrap());
+        let payload = Payload::json_text(r#"{"fault":"none"}"#.to_owned()).unwrap();
+        let event = Arc::new(Event { payload, ..self::event() });
+        compare(
+            "a guest of the SDK that parses 16 B, batch of 64 per fresh instance, against one per instance",
+            "≥ 8",
+            || runtime.block_on(built.batches(&event)),
+            || runtime.block_on(built.handle(&event)),
+        );
+    }
+    compare(
+        "no-op handler, batch of 64 per fresh instance, against wasmtime by hand",
+        "none",
+        || runtime.block_on(fresh.batches(&event)),
+        || runtime.block_on(raw.batches(&event)),
     );
     compare(
         "no-op handler, fresh instance per event, against wasmtime by hand",
@@ -169,10 +193,10 @@ impl Ours {
     async fn batches(&self, event: &Arc<Event>) -> f64 {
         let calls = vec![call(event); BATCH];
         let began = Instant::now();
-        for _ in 0..CALLS / BATCH {
+        for _ in 0..BATCHES {
             assert_eq!(self.plugin.handle_batch(calls.clone()).await.unwrap().len(), BATCH);
         }
-        per_second(CALLS / BATCH * BATCH, began)
+        per_second(BATCHES * BATCH, began)
     }
 }
 
@@ -252,6 +276,7 @@ enum RawFailure {
 
 type Answer = Result<Option<RawReply>, RawFailure>;
 type Handle<'a> = TypedFunc<(RawEvent<'a>,), (Answer,)>;
+type HandleBatch<'a> = TypedFunc<(&'a [RawEvent<'a>],), (Vec<Answer>,)>;
 
 /// wasmtime with the host's settings, and nothing else.
 pub(crate) struct Raw {
@@ -262,7 +287,7 @@ pub(crate) struct Raw {
 
 impl Raw {
     pub(crate) fn new() -> Self {
-        Self::of(&guest(), true)
+        Self::of(&guest(), false)
     }
 
     /// A component none of whose imports are called; with fuel or without.
@@ -283,15 +308,16 @@ impl Raw {
         Self { engine, pre, metered }
     }
 
-    async fn instance(&self) -> (Store<()>, wasmtime::component::Func) {
+    /// An instance, and this function of one of its exported interfaces.
+    async fn instance(&self, interface: &str, function: &str) -> (Store<()>, wasmtime::component::Func) {
         let mut store = Store::new(&self.engine, ());
         self.fuel(&mut store);
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(|_| Ok(UpdateDeadline::Yield(1)));
         let instance = self.pre.instantiate_async(&mut store).await.unwrap();
-        let handler = instance.get_export_index(&mut store, None, "tidegate:plugin/handler@1.0.0").unwrap();
-        let handle = instance.get_export_index(&mut store, Some(&handler), "handle").unwrap();
-        let function = instance.get_func(&mut store, handle).unwrap();
+        let interface = instance.get_export_index(&mut store, None, interface).unwrap();
+        let function = instance.get_export_index(&mut store, Some(&interface), function).unwrap();
+        let function = instance.get_func(&mut store, function).unwrap();
         (store, function)
     }
 
@@ -305,15 +331,27 @@ impl Raw {
     pub(crate) async fn fresh(&self, event: &Event) -> f64 {
         let began = Instant::now();
         for _ in 0..CALLS {
-            let (mut store, function) = self.instance().await;
+            let (mut store, function) = self.instance(HANDLER, "handle").await;
             let handle = function.typed(&store).unwrap();
             assert!(called(&mut store, &handle, event).await);
         }
         per_second(CALLS, began)
     }
 
+    async fn batches(&self, event: &Event) -> f64 {
+        let events: Vec<&Event> = vec![event; BATCH];
+        let began = Instant::now();
+        for _ in 0..BATCHES {
+            let (mut store, function) = self.instance("tidegate:plugin/batch-handler@1.0.0", "handle-batch").await;
+            let handle: HandleBatch<'_> = function.typed(&store).unwrap();
+            let events: Vec<RawEvent<'_>> = events.iter().map(|event| lowered(event)).collect();
+            assert_eq!(handle.call_async(&mut store, (&events,)).await.unwrap().0.len(), BATCH);
+        }
+        per_second(BATCHES * BATCH, began)
+    }
+
     async fn reused(&self, event: &Event) -> f64 {
-        let (mut store, function) = self.instance().await;
+        let (mut store, function) = self.instance(HANDLER, "handle").await;
         let handle = function.typed(&store).unwrap();
         let began = Instant::now();
         for _ in 0..CALLS {
@@ -327,8 +365,8 @@ impl Raw {
 /// The three attributes that an event of this type has.
 const ATTRIBUTES: &[(&str, &str)] = &[("schema", "shop"), ("entity", "orders"), ("operation", "create")];
 
-async fn called<'a>(store: &mut Store<()>, handle: &Handle<'a>, event: &'a Event) -> bool {
-    let event = RawEvent {
+fn lowered(event: &Event) -> RawEvent<'_> {
+    RawEvent {
         id: event.id.as_str(),
         sequence: event.seq.unwrap_or_default(),
         event_type: event.event_type.as_str(),
@@ -337,6 +375,9 @@ async fn called<'a>(store: &mut Store<()>, handle: &Handle<'a>, event: &'a Event
         content_type: event.payload.content_type(),
         payload: event.payload.bytes(),
         attributes: ATTRIBUTES,
-    };
-    handle.call_async(store, (event,)).await.unwrap().0.is_ok()
+    }
+}
+
+async fn called<'a>(store: &mut Store<()>, handle: &Handle<'a>, event: &'a Event) -> bool {
+    handle.call_async(store, (lowered(event),)).await.unwrap().0.is_ok()
 }

@@ -48,7 +48,7 @@ expect() {
     "$tidegate" publish shop.invoices.create --id "invoice-$count" --content-type "$content_type" \
         --payload "@$folder/payload" --wait=20s >"$folder/said" 2>&1 || [ $? = 1 ] || cat "$folder/said" >&2
     "$tidegate" events get "invoice-$count" --json >"$folder/record"
-    for part in "$@" '"number":1,' '"digest":"sha256:' '"fuel":'; do
+    for part in "$@" '"number":1,' '"digest":"sha256:' '"peak_memory":'; do
         if ! grep -qF -- "$part" "$folder/record"; then
             printf 'wrong: no %s in the record of %s\n' "$part" "$payload" >&2
             cat "$folder/record" >&2

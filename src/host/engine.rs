@@ -1,7 +1,8 @@
 //! The engines: how components are compiled, how much may be compiled and run at once, and the clock that ends guests.
 //!
 //! Nothing here knows what a plugin is: bytes go in, a compiled component comes out. Nearly all of them run on the
-//! first engine, whose instances come from a pool. The others are made when the first component needs them.
+//! first engine, whose instances come from a pool. The others are made when the first component needs them. Whether
+//! fuel is counted is decided when code is made, so that those with a budget of it have engines of their own.
 
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, OnceLock};
@@ -70,19 +71,45 @@ impl Settings {
     }
 }
 
+/// What a component has to have of its engine.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Needs {
+    /// A count of the fuel that its code uses.
+    pub(super) fuel: bool,
+    /// The tasks and streams of WASI 0.3. That a component uses them without importing WASI 0.3 is found out by the
+    /// compiler.
+    pub(super) tasks: bool,
+}
+
 /// Compiles components and says when they may run.
 pub(super) struct Engine {
-    /// Instances from a pool: the fast way. `None` where its address space cannot be had.
-    pooled: Option<wasmtime::Engine>,
-    /// Instances one by one, for what does not fit into the pool or finds it full. It runs the same compiled code.
-    single: OnceLock<wasmtime::Engine>,
-    /// Instances one by one, with the tasks and streams of WASI 0.3, which cost every call something, used or not.
-    concurrent: OnceLock<wasmtime::Engine>,
+    unmetered: Set,
+    /// The same again, for code that counts its fuel.
+    metered: Set,
+    pool: PoolingAllocationConfig,
     slots: Arc<Slots>,
     compiles: Arc<Semaphore>,
     cache: Option<Cache>,
     /// Takes engines to the thread that ticks for all of them. Dropping it ends the thread.
     ticker: Sender<EngineWeak>,
+}
+
+/// The engines for code of one kind.
+struct Set {
+    config: Config,
+    /// Instances from a pool: the fast way. `None` where its address space cannot be had.
+    pooled: OnceLock<Option<wasmtime::Engine>>,
+    /// Instances one by one, for what does not fit into the pool or finds it full. It runs the same compiled code.
+    single: OnceLock<wasmtime::Engine>,
+    /// Instances one by one, with the tasks and streams of WASI 0.3, which cost every call something, used or not.
+    concurrent: OnceLock<wasmtime::Engine>,
+}
+
+impl Set {
+    fn new(fuel: bool) -> Self {
+        let (pooled, single, concurrent) = Default::default();
+        Self { config: config(fuel), pooled, single, concurrent }
+    }
 }
 
 impl Engine {
@@ -95,22 +122,18 @@ impl Engine {
     /// [`Error::Incompatible`] when the platform cannot run guests, and [`Error::Invalid`] for a cache folder that was
     /// asked for and is not private or cannot be written to.
     pub(super) fn new(settings: &Settings) -> Result<Self> {
-        let pooled = pooled(settings).inspect_err(|error| {
-            tracing::warn!(error = format!("{error:#}"), "no pool for instances, each is allocated by itself");
-        });
         let slots = Slots::new(settings.slots);
         let engine = Self {
-            pooled: pooled.ok(),
-            single: OnceLock::new(),
-            concurrent: OnceLock::new(),
+            unmetered: Set::new(false),
+            metered: Set::new(true),
+            pool: pool(settings),
             slots: Arc::clone(&slots),
             compiles: Arc::new(Semaphore::new(COMPILES_AT_ONCE)),
             cache: settings.cache.as_ref().map_or(Ok(None), Cache::open)?,
             ticker: tick(&slots)?,
         };
-        match &engine.pooled {
-            Some(pooled) => engine.keep_time_of(pooled),
-            None => drop(engine.single().map_err(|error| unusable(format!("cannot be started: {error:#}")))?),
+        if engine.pooled(&engine.unmetered).is_none() {
+            engine.single(&engine.unmetered).map_err(|error| unusable(format!("cannot be started: {error:#}")))?;
         }
         Ok(engine)
     }
@@ -122,28 +145,29 @@ impl Engine {
 
     /// The compiled form of a component, from the cache where there is one. Never blocks the caller's thread.
     ///
-    /// `concurrent` says that it needs the tasks and streams of WASI 0.3. That a component uses them without importing
-    /// WASI 0.3 is found out by the compiler.
-    ///
     /// # Errors
     /// What the compiler says about `bytes`.
     pub(super) async fn compile(
         self: &Arc<Self>,
         digest: &Arc<str>,
         bytes: Bytes,
-        concurrent: bool,
+        needs: Needs,
     ) -> wasmtime::Result<Component> {
         let digest = Arc::clone(digest);
-        self.blocking(move |engine| engine.compile_now(&digest, &bytes, concurrent)).await
+        self.blocking(move |engine| engine.compile_now(&digest, &bytes, needs)).await
     }
 
     /// The same compiled code for an instance that found the pool full.
     ///
     /// # Errors
     /// Those of the engine, which there are none of as long as both engines have the same settings.
-    pub(super) async fn outside_the_pool(self: &Arc<Self>, component: &Component) -> wasmtime::Result<Component> {
+    pub(super) async fn outside_the_pool(
+        self: &Arc<Self>,
+        component: &Component,
+        fuel: bool,
+    ) -> wasmtime::Result<Component> {
         let component = component.clone();
-        self.blocking(move |engine| cache::copy(&component, &engine.single()?)).await
+        self.blocking(move |engine| cache::copy(&component, &engine.single(engine.set(fuel))?)).await
     }
 
     /// Runs `work` where blocking is no harm, with as much of it at once as the machine can bear.
@@ -160,18 +184,19 @@ impl Engine {
         tokio::task::spawn_blocking(work).await?
     }
 
-    fn compile_now(&self, digest: &Arc<str>, bytes: &[u8], concurrent: bool) -> wasmtime::Result<Component> {
-        if !concurrent {
+    fn compile_now(&self, digest: &Arc<str>, bytes: &[u8], needs: Needs) -> wasmtime::Result<Component> {
+        let set = self.set(needs.fuel);
+        if !needs.tasks {
             // What neither of the two takes, because it is too large for the pool or uses what they do not know, fails
             // there before any code is made, mostly.
-            if let Some(Ok(component)) = self.pooled.as_ref().map(|engine| self.compile_for(engine, digest, bytes)) {
+            if let Some(Ok(component)) = self.pooled(set).map(|engine| self.compile_for(engine, digest, bytes)) {
                 return Ok(component);
             }
-            if let Ok(component) = self.compile_for(&self.single()?, digest, bytes) {
+            if let Ok(component) = self.compile_for(&self.single(set)?, digest, bytes) {
                 return Ok(component);
             }
         }
-        self.compile_for(&self.concurrent()?, digest, bytes)
+        self.compile_for(&self.concurrent(set)?, digest, bytes)
     }
 
     fn compile_for(&self, engine: &wasmtime::Engine, digest: &Arc<str>, bytes: &[u8]) -> wasmtime::Result<Component> {
@@ -185,12 +210,32 @@ impl Engine {
         Ok(component)
     }
 
-    fn single(&self) -> wasmtime::Result<wasmtime::Engine> {
-        self.lazily(&self.single, &config())
+    fn set(&self, fuel: bool) -> &Set {
+        match fuel {
+            true => &self.metered,
+            false => &self.unmetered,
+        }
     }
 
-    fn concurrent(&self) -> wasmtime::Result<wasmtime::Engine> {
-        self.lazily(&self.concurrent, config().concurrency_support(true).wasm_component_model_async(true))
+    fn pooled<'a>(&self, set: &'a Set) -> Option<&'a wasmtime::Engine> {
+        let make = || {
+            let mut config = set.config.clone();
+            config.allocation_strategy(InstanceAllocationStrategy::Pooling(self.pool.clone()));
+            let pooled = wasmtime::Engine::new(&config).inspect_err(|error| {
+                tracing::warn!(error = format!("{error:#}"), "no pool for instances, each is allocated by itself");
+            });
+            pooled.inspect(|engine| self.keep_time_of(engine)).ok()
+        };
+        set.pooled.get_or_init(make).as_ref()
+    }
+
+    fn single(&self, set: &Set) -> wasmtime::Result<wasmtime::Engine> {
+        self.lazily(&set.single, &set.config)
+    }
+
+    fn concurrent(&self, set: &Set) -> wasmtime::Result<wasmtime::Engine> {
+        let mut config = set.config.clone();
+        self.lazily(&set.concurrent, config.concurrency_support(true).wasm_component_model_async(true))
     }
 
     /// Two who come at once make one each, and one of them is kept.
@@ -216,11 +261,11 @@ fn unusable(reason: String) -> Error {
     Error::Incompatible { what: "the engine for plugins".to_owned(), reason: reason.into() }
 }
 
-fn config() -> Config {
+fn config(fuel: bool) -> Config {
     let mut config = Config::new();
     config
         .epoch_interruption(true)
-        .consume_fuel(true)
+        .consume_fuel(fuel)
         .memory_init_cow(true)
         .concurrency_support(false)
         .max_wasm_stack(GUEST_STACK)
@@ -231,7 +276,7 @@ fn config() -> Config {
     config
 }
 
-fn pooled(settings: &Settings) -> wasmtime::Result<wasmtime::Engine> {
+fn pool(settings: &Settings) -> PoolingAllocationConfig {
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(settings.slots)
         .total_stacks(settings.slots)
@@ -246,9 +291,7 @@ fn pooled(settings: &Settings) -> wasmtime::Result<wasmtime::Engine> {
             .linear_memory_keep_resident(RESIDENT_MEMORY)
             .table_keep_resident(RESIDENT_TABLE);
     }
-    let mut config = config();
-    config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
-    wasmtime::Engine::new(&config)
+    pool
 }
 
 /// Ticks from a thread of its own: a guest that computes can keep every thread of the runtime busy, timers included.

@@ -232,7 +232,8 @@ impl Prepared {
     async fn outside_the_pool(&self, engine: &Arc<Engine>) -> Option<&Linked> {
         let make = async || -> wasmtime::Result<Linked> {
             tracing::info!(plugin = %self.terms.name, "the pool is full, instances are allocated beside it");
-            let component = engine.outside_the_pool(self.linked.pre.component()).await?;
+            let component =
+                engine.outside_the_pool(self.linked.pre.component(), self.terms.limits.fuel.is_some()).await?;
             let pre = link(&component, &self.terms.powers)?;
             Ok(Linked { exports: self.linked.exports.again(&pre)?, pre })
         };
@@ -246,9 +247,10 @@ impl Prepared {
         Outcome { trace: seen.into(), ..Outcome::failed(Verdict::HostFault, Fault::new("host-busy", words)) }
     }
 
-    /// The fuel of a call with this many events.
-    fn fuel(&self, events: usize) -> u64 {
-        self.terms.limits.fuel.saturating_mul(u64::try_from(events.max(1)).unwrap_or(u64::MAX))
+    /// The fuel of a call with this many events, where it is counted.
+    fn fuel(&self, events: usize) -> Option<u64> {
+        let shares = u64::try_from(events.max(1)).unwrap_or(u64::MAX);
+        self.terms.limits.fuel.map(|fuel| fuel.saturating_mul(shares))
     }
 
     /// What came of a call with `count` events, one outcome for each.
@@ -262,12 +264,14 @@ impl Prepared {
         count: usize,
         allowed: Duration,
     ) -> Result<Outcomes, Box<Outcome>> {
-        let used = self.fuel(count).saturating_sub(instance.store.get_fuel().unwrap_or_default());
+        let left = || instance.store.get_fuel().unwrap_or_default();
+        let used = self.fuel(count).map(|fuel| fuel.saturating_sub(left()));
         let shares = u64::try_from(count.max(1)).unwrap_or(u64::MAX);
         let state = instance.store.data_mut();
         let (refused, is_crowded) = (state.meter.has_refused(), state.is_crowded());
         let called_too_often = state.called_too_often();
-        let (fuel, peak_memory) = (used.checked_div(shares), u64::try_from(state.meter.peak_memory()).ok());
+        let (fuel, peak_memory) =
+            (used.and_then(|used| used.checked_div(shares)), u64::try_from(state.meter.peak_memory()).ok());
         let seen = |log, backtrace| {
             let digest = Some(Arc::clone(&self.terms.digest));
             Seen { digest, fuel, peak_memory, log, backtrace }.into()
@@ -343,7 +347,9 @@ impl Prepared {
         let limits = &self.terms.limits;
         match error.downcast_ref::<Trap>() {
             Some(Trap::Interrupt) => timed_out(allowed),
-            Some(Trap::OutOfFuel) => failed(Verdict::OutOfFuel, format!("used up its fuel of {}", limits.fuel)),
+            Some(Trap::OutOfFuel) => {
+                failed(Verdict::OutOfFuel, format!("used up its fuel of {}", limits.fuel.unwrap_or_default()))
+            }
             // A guest whose allocation fails usually traps right after, in words of its own language.
             _ if refused_memory => {
                 failed(Verdict::OutOfMemory, format!("asked for more memory than its limit of {}", limits.memory))
@@ -361,20 +367,22 @@ impl Instance {
     }
 
     /// Begins one attempt for each call, with all limits armed.
-    fn begin(&mut self, calls: impl IntoIterator<Item = Call>, deadline: Option<Instant>, fuel: u64) {
+    fn begin(&mut self, calls: impl IntoIterator<Item = Call>, deadline: Option<Instant>, fuel: Option<u64>) {
         self.store.data_mut().begin(calls, deadline);
         self.arm(fuel);
     }
 
     /// Begins the same attempts again, where an instance can be made.
-    fn move_to(&mut self, linked: &Linked, fuel: u64) {
+    fn move_to(&mut self, linked: &Linked, fuel: Option<u64>) {
         self.store = store(linked, self.store.data_mut().again());
         self.arm(fuel);
     }
 
-    fn arm(&mut self, fuel: u64) {
+    fn arm(&mut self, fuel: Option<u64>) {
         self.store.set_epoch_deadline(1);
-        if let Err(error) = self.store.set_fuel(fuel) {
+        if let Some(fuel) = fuel
+            && let Err(error) = self.store.set_fuel(fuel)
+        {
             tracing::error!(error = format!("{error:#}"), "fuel is not measured");
         }
     }

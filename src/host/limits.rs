@@ -19,8 +19,10 @@ use crate::error::{Error, Result};
 pub struct Limits {
     /// All memories and tables of an instance together.
     pub memory: ByteSize,
-    /// About one per instruction.
-    pub fuel: u64,
+    /// About one per instruction; `None` for no limit, and no count either, which costs a guest that computes a sixth of
+    /// its speed (`cargo bench -- plugins`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fuel: Option<u64>,
     /// From the start of the attempt, waiting for an instance included. A subscription's own timeout may be shorter.
     #[serde(with = "friendly::required")]
     pub timeout: Duration,
@@ -44,7 +46,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             memory: ByteSize::mib(64),
-            fuel: 500_000_000,
+            fuel: None,
             timeout: Duration::from_secs(30),
             reply: ByteSize::kib(64),
             published_events: 100,
@@ -70,7 +72,7 @@ impl Limits {
             ("kv_bytes", self.kv_bytes),
             ("log", self.log),
         ];
-        let counts = [("fuel", self.fuel), ("host_calls", self.host_calls)];
+        let counts = [("fuel", self.fuel.unwrap_or(u64::MAX)), ("host_calls", self.host_calls)];
         let sizes = sizes.into_iter().map(|(limit, size)| (limit, size.as_u64() == 0));
         let mut all = sizes.chain(counts.map(|(limit, count)| (limit, count == 0)));
         let none = all.find(|(_, is_nothing)| *is_nothing).map(|(limit, _)| (limit, "0"));
@@ -85,7 +87,7 @@ impl Limits {
     pub fn replaced(&self, by: &Choices) -> Self {
         Self {
             memory: by.memory.map_or(self.memory, ByteSize),
-            fuel: by.fuel.unwrap_or(self.fuel),
+            fuel: by.fuel.or(self.fuel),
             timeout: by.timeout.unwrap_or(self.timeout),
             reply: by.reply.map_or(self.reply, ByteSize),
             published_events: by.published_events.unwrap_or(self.published_events),
@@ -103,7 +105,7 @@ impl Limits {
         let wished = self.replaced(by);
         Self {
             memory: self.memory.min(wished.memory),
-            fuel: self.fuel.min(wished.fuel),
+            fuel: [self.fuel, wished.fuel].into_iter().flatten().min(),
             timeout: self.timeout.min(wished.timeout),
             reply: self.reply.min(wished.reply),
             published_events: self.published_events.min(wished.published_events),
@@ -266,7 +268,7 @@ mod tests {
         };
         let limits = allowed.tightened(&plugin);
         assert_eq!(limits.memory, ByteSize::mib(128));
-        assert_eq!(limits.fuel, 9);
+        assert_eq!(limits.fuel, Some(9));
         assert_eq!(limits.timeout, Duration::from_secs(2));
         assert_eq!(limits.published_events, 100);
         assert_eq!((limits.published_bytes, limits.kv_operations), (ByteSize(1), 2));

@@ -12,7 +12,7 @@ use wasmtime::component::Component;
 
 use super::bindings::{HANDLER, PACKAGE, VERSION};
 use super::component::{ComponentError, Interface, interface, manifest};
-use super::engine::Engine;
+use super::engine::{Engine, Needs};
 use super::exports::Exports;
 use super::grants::{check_exports, decide, max_batch, parts, served};
 use super::imports::{Terms, link};
@@ -54,7 +54,8 @@ pub(super) async fn load(
     let powers = decide(&manifest, &interface, own).map_err(refuse)?;
     let max_batch = max_batch(&manifest, &interface, own).map_err(refuse)?;
     let limits = options.limits_of(&manifest.name).tightened(&manifest.limits);
-    let compiled = engine.compile(&digest, bytes, powers.wasi_3).await;
+    let needs = Needs { fuel: limits.fuel.is_some(), tasks: powers.wasi_3 };
+    let compiled = engine.compile(&digest, bytes, needs).await;
     let component = compiled.map_err(|error| refuse(format!("cannot be compiled: {error:#}")))?;
     check_memory(&component, &limits).map_err(refuse)?;
     let linked = link(&component, &powers)

@@ -193,7 +193,7 @@ mod tests {
         let mut options: Options = toml::from_str("limits = { fuel = 7 }").unwrap();
         options.plugins.insert("order-totals".into(), toml::from_str(own).unwrap());
         assert_eq!(options.limits_of("order-totals").memory.as_u64(), 256 << 20);
-        assert_eq!(options.limits_of("order-totals").fuel, 7);
+        assert_eq!(options.limits_of("order-totals").fuel, Some(7));
         assert_eq!(options.limits_of("other").memory.as_u64(), 64 << 20);
         assert_eq!(options.max_memory(), 256 << 20);
     }

@@ -627,6 +627,26 @@ async fn a_handler_that_is_async_may_wait_and_is_ended_by_its_timeout() {
     assert!(outcome.verdict == Verdict::Trap && fault.message.contains("cannot block a synchronous task"), "{fault:?}");
 }
 
+/// Where tasks are tracked an instance is used again as well, and its fuel is counted.
+#[tokio::test]
+async fn an_instance_with_tasks_serves_as_many_events_as_agreed_within_its_fuel() {
+    let third_time_traps = "(if (i32.eq (i32.load (i32.const 2048)) (i32.const 2)) (then unreachable))
+        (i32.store (i32.const 2048) (i32.add (i32.load (i32.const 2048)) (i32.const 1)))";
+    use Verdict::{Ok, Trap};
+    for guest in [wasi_0_3_guest(third_time_traps), async_guest(third_time_traps)] {
+        for (reuse, expected) in [(2, [Ok, Ok, Ok, Ok]), (9, [Ok, Ok, Trap, Ok])] {
+            let manifest = format!("reuse = {reuse}\n{MANIFEST}[limits]\nfuel = 100000\n");
+            let host = Host::new(options(), None).unwrap();
+            let plugin = host.load("wasi.wasm", embed_manifest(&guest, &manifest).unwrap().into()).await.unwrap();
+            for verdict in expected {
+                let outcome = plugin.handle(call("null")).await;
+                assert_eq!(outcome.verdict, verdict, "{reuse} {outcome:?}");
+                assert!(outcome.trace.fuel.is_some_and(|fuel| fuel > 0 && fuel < 1_000), "{outcome:?}");
+            }
+        }
+    }
+}
+
 fn engine(settings: &Settings) -> Arc<Engine> {
     Arc::new(Engine::new(settings).unwrap())
 }
@@ -635,13 +655,16 @@ fn engine(settings: &Settings) -> Arc<Engine> {
 #[tokio::test]
 async fn an_attempt_that_finds_the_pool_full_runs_beside_it() {
     let engine = engine(&Settings { parts: 1, ..Settings::new(1, 64 << 20, None) });
-    let guest =
-        || Bytes::from(wasi_guest("(call $write (call $stdout) (i32.const 64) (i32.const 18) (i32.const 256))"));
-    let loaded =
-        load(&engine, &options(), "sha256:01".into(), guest()).await.map_err(|refused| refused.reason).unwrap();
-    for _ in 0..3 {
-        let outcome = loaded.prepared.attempt(&engine, call("null")).await;
-        assert_eq!((outcome.verdict, outcome.trace.log.len()), (Verdict::Ok, 1), "{outcome:?}");
+    let guest = wasi_guest("(call $write (call $stdout) (i32.const 64) (i32.const 18) (i32.const 256))");
+    for (digest, limits) in [("sha256:01", ""), ("sha256:02", "[limits]\nfuel = 100000\n")] {
+        let guest = embed_manifest(&guest, &format!("{MANIFEST}{limits}")).unwrap();
+        let loaded = load(&engine, &options(), digest.into(), guest.into()).await;
+        let loaded = loaded.map_err(|refused| refused.reason).unwrap();
+        for _ in 0..3 {
+            let outcome = loaded.prepared.attempt(&engine, call("null")).await;
+            assert_eq!((outcome.verdict, outcome.trace.log.len()), (Verdict::Ok, 1), "{outcome:?}");
+            assert_eq!(outcome.trace.fuel.is_some(), !limits.is_empty(), "{outcome:?}");
+        }
     }
 }
 

@@ -142,7 +142,7 @@ const TABLE: &[(&str, &[Row])] = &[
                 "verdict `trap`: wasm trap: undefined element: out of bounds table access",
             ),
             Row("recurse without end", C, "overflow-stack", "verdict `trap`: wasm trap: out of bounds memory access"),
-            Row("compute without end", C, "spin", "verdict `out-of-fuel`"),
+            Row("compute without end", C, "spin", TIMEOUT),
             Row("`malloc` until it fails", C, "allocate", "NULL before 64 MiB"),
             Row("grow its memory to 4 GiB", C, "grow", "-1"),
             Row(
@@ -169,7 +169,7 @@ const TABLE: &[(&str, &[Row])] = &[
                 r#"{"fault":"deep-calls"}"#,
                 "verdict `trap`: wasm trap: call stack exhausted",
             ),
-            Row("compute without end", Rust, r#"{"fault":"loop"}"#, "verdict `out-of-fuel`"),
+            Row("compute without end", Rust, r#"{"fault":"loop"}"#, TIMEOUT),
             Row("call the host without end", Rust, r#"{"fault":"loop-in-host"}"#, "verdict `out-of-fuel`"),
             Row("take all memory", Rust, r#"{"fault":"memory"}"#, "verdict `out-of-memory`"),
         ],

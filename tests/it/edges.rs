@@ -98,7 +98,8 @@ async fn the_life_of_one_event_can_be_followed_to_its_end() {
     let attempt =
         deliveries.iter().find(|delivery| delivery["subscription"] == "order-totals").unwrap()["attempts"][0].clone();
     assert_eq!(attempt["verdict"], "ok", "{attempt}");
-    assert!(attempt["digest"].as_str().unwrap().starts_with("sha256:") && attempt["fuel"].is_u64(), "{attempt}");
+    assert!(attempt["digest"].as_str().unwrap().starts_with("sha256:") && attempt["peak_memory"].is_u64(), "{attempt}");
+    assert_eq!(attempt.get("fuel"), None, "nobody gave it a budget");
 
     let again = parsed(&printed(&server.url, 0, &order));
     assert_eq!((&again["seq"], &again["duplicate"], &again["status"]), (&json!(1), &json!(true), &json!("completed")));

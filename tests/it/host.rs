@@ -18,13 +18,13 @@ use tidegate::{Call, Handler, Verdict};
 use tokio::sync::Semaphore;
 
 use crate::support::guests::{
-    FAULTS, GRANTS, Gate, LEAN, Values, attempt, call, code, faults, guest, host, loaded, reply,
+    FAULTS, GRANTS, Gate, METERED, Values, attempt, call, code, faults, guest, host, loaded, reply,
 };
 
 #[tokio::test]
 async fn every_way_to_end_has_its_verdict() {
     let host = host();
-    let handler = loaded(&host, LEAN).await;
+    let handler = loaded(&host, METERED).await;
     let rows = [
         (json!({"fault": "none"}), Verdict::Ok, ""),
         (json!({"fault": "retry", "code": "busy"}), Verdict::Retry, "busy"),
@@ -45,6 +45,26 @@ async fn every_way_to_end_has_its_verdict() {
         assert!(outcome.trace.digest.as_ref().is_some_and(|digest| digest.starts_with("sha256:")), "{payload}");
         assert!(outcome.trace.fuel.is_some_and(|fuel| fuel > 0), "{payload}");
         assert!(outcome.trace.peak_memory.is_some_and(|peak| peak > 0 && peak <= 64 << 20), "{payload}");
+    }
+}
+
+/// Fuel is counted where manifest or operator set a limit to it, and costs nothing elsewhere.
+#[tokio::test]
+async fn fuel_is_counted_for_those_who_have_a_budget_of_it() {
+    const OPERATORS: &str = "[limits]\nfuel = 400000000\n";
+    let rows = [("", "", None), ("", METERED, Some(500_000_000)), (OPERATORS, "", Some(400_000_000))];
+    for (operator, manifest, budget) in rows {
+        let mut options: Options = toml::from_str(operator).unwrap();
+        options.plugins.insert("faults".to_owned(), toml::from_str(GRANTS).unwrap());
+        let host = Host::new(options, None).unwrap();
+        let handler = loaded(&host, manifest).await;
+        assert_eq!(host.status("faults").unwrap().active.unwrap().limits.fuel, budget);
+        let done = attempt(&handler, json!({"fault": "none"})).await;
+        assert_eq!((done.verdict, done.trace.fuel.is_some()), (Verdict::Ok, budget.is_some()), "{done:?}");
+        let short = Duration::from_millis(if budget.is_some() { 30_000 } else { 50 });
+        let endless = handler.handle(Call { timeout: short, ..call(&json!({"fault": "loop"})) }).await;
+        let verdict = if budget.is_some() { Verdict::OutOfFuel } else { Verdict::Timeout };
+        assert_eq!((endless.verdict, endless.trace.fuel), (verdict, budget), "{endless:?}");
     }
 }
 
@@ -118,7 +138,7 @@ async fn the_shorter_timeout_of_subscription_and_plugin_counts() {
 #[tokio::test]
 async fn a_guest_that_waits_for_the_host_is_ended_by_the_timer() {
     let host = host();
-    let handler = loaded(&host, "").await;
+    let handler = loaded(&host, METERED).await;
     let payload = json!({"fault": "kv-get", "key": "k"});
     let waiting = Call { kv: Arc::new(Gate::default()), timeout: Duration::from_millis(20), ..call(&payload) };
     let outcome = handler.handle(waiting).await;
@@ -168,7 +188,7 @@ async fn a_guest_is_told_about_its_attempt_and_its_event() {
 #[tokio::test]
 async fn effects_leave_with_success_only() {
     let host = host();
-    let handler = loaded(&host, LEAN).await;
+    let handler = loaded(&host, METERED).await;
     let steps = |last: &str| {
         json!({"fault": "steps", "steps": [
             {"fault": "kv-set", "key": "a", "value": "1"},

@@ -9,13 +9,13 @@ use tidegate::host::{Host, Options, PluginOptions};
 use tidegate::{Call, Handler, Verdict};
 
 use crate::support::guests::{
-    FAULTS, GRANTS, Gate, LEAN, attempt, batch, call, code, faults, guest, host, loaded, prepared, reply,
+    FAULTS, GRANTS, Gate, METERED, attempt, batch, call, code, faults, guest, host, loaded, prepared, reply,
 };
 
 #[tokio::test]
 async fn a_batch_has_a_verdict_for_each_event_and_each_keeps_what_is_its_own() {
     let host = host();
-    let handler = loaded(&host, "").await;
+    let handler = loaded(&host, METERED).await;
     assert_eq!(handler.max_batch(), 64);
     let calls: Vec<Call> = [
         json!({"fault": "kv-increment", "key": "n", "by": 2}),
@@ -89,7 +89,7 @@ async fn turns_come_in_any_order_and_before_the_first_nothing_is_published() {
 #[tokio::test]
 async fn a_batch_has_the_fuel_of_its_events_and_the_time_of_one() {
     let host = host();
-    let handler = loaded(&host, "").await;
+    let handler = loaded(&host, METERED).await;
     let busy = json!({"fault": "log", "lines": 50});
     let used = attempt(&handler, busy.clone()).await.trace.fuel.unwrap();
     let handler = loaded(&host, &format!("[limits]\nfuel = {}\n", used + used / 10)).await;
@@ -156,7 +156,7 @@ async fn a_self_check_that_does_not_pass_refuses_the_candidate_with_its_words() 
         ("no mail server", "", "self-check failed: asked to fail the self-check: no mail server"),
         ("trap", "", "self-check failed: trap: wasm trap: wasm `unreachable`"),
         ("loop", "[limits]\ntimeout = \"200ms\"\n", "self-check failed: timeout: "),
-        ("loop", LEAN, "self-check failed: out-of-fuel: "),
+        ("loop", METERED, "self-check failed: out-of-fuel: "),
     ];
     for (how, more, words) in rows {
         let refused = checked(how, more).await.unwrap_err();
@@ -218,7 +218,7 @@ async fn an_instance_is_never_used_again_after_it_was_ended() {
 #[tokio::test]
 async fn nothing_of_an_event_is_left_for_the_next_but_the_guests_own_memory() {
     let (_host, handler) =
-        prepared("", "reuse = 1000", "[limits]\nlog = \"1KiB\"\npublished_events = 3\n").await.unwrap();
+        prepared("", "reuse = 1000", &format!("{METERED}log = \"1KiB\"\npublished_events = 3\n")).await.unwrap();
     let write = json!({"fault": "kv-set", "key": "k", "value": "v"});
     let busy =
         json!({"fault": "steps", "steps": [write, {"fault": "publish", "count": 3}, {"fault": "log", "lines": 99}]});

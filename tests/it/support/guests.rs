@@ -35,7 +35,7 @@ pub(crate) const FAULTS: &str = r#"
 pub(crate) const GRANTS: &str = r#"
     grants = { kv = ["faults"], events = ["faulty.**"], config = ["greeting", "other", "self-check"] }
     config = { greeting = "hello" }
-    limits = { fuel = 1000000000000, host_calls = 1000000000000 }
+    limits = { host_calls = 1000000000000 }
 "#;
 
 /// The misbehaving guest with this much added to its manifest.
@@ -126,5 +126,5 @@ pub(crate) async fn batch(handler: &Arc<dyn Handler>, payloads: &[Value]) -> Opt
     handler.handle_batch(payloads.iter().map(call).collect()).await
 }
 
-/// The server's default, where the operator of these tests allows far more.
-pub(crate) const LEAN: &str = "[limits]\nfuel = 500000000\n";
+/// A budget of fuel, which no plugin has unless somebody gives it one.
+pub(crate) const METERED: &str = "[limits]\nfuel = 500000000\n";
