@@ -121,6 +121,39 @@ pub async fn a_stale_token_changes_nothing(scene: Scene) {
     assert_eq!(scene.settle(ended(&lease, Next::Complete)).await, Settled::Stale);
 }
 
+/// A store may do at once what many settlements of a batch have in common: what differs is not drawn in.
+pub async fn each_settlement_of_a_mixed_batch_counts_by_itself(scene: Scene) {
+    scene.add(7, &["s"]).await;
+    scene.add(1, &["s", "t"]).await;
+    let leases = scene.claim("s", 9).await;
+    let mut batch: Vec<Settlement> = leases.iter().map(|lease| ended(lease, Next::Complete)).collect();
+    batch[1] = ended(&leases[1], retry(0));
+    batch[2] = ended(&leases[2], Next::Fail);
+    batch[3].key = forged(&leases[3].key);
+    batch[4].writes = vec![set("k", "v")];
+    batch[5].published = appends(vec![event("more.of.it")], &["u"]);
+    batch.push(ended(&leases[0], Next::Fail));
+    batch.push(ended(&leases[2], Next::Complete));
+    let answers = scene.provider.settle(batch).await.unwrap();
+    let late = [Settled::Stale, Settled::Stale];
+    let first = [COMPLETED, OPEN, FAILED, Settled::Stale, COMPLETED, COMPLETED, COMPLETED, OPEN];
+    assert_eq!(answers, [&first[..], &late].concat());
+    assert_eq!(scene.text("b", "k").await.as_deref(), Some("v"));
+    let stats = scene.stats().await;
+    assert_eq!((stats.completed_events, stats.failed_events, stats.dead_letters), (4, 1, 1));
+    assert_eq!((stats.pending_deliveries, stats.processing_deliveries, stats.head_seq), (3, 1, 9));
+
+    // What came through together is settled together again, one for the first time.
+    let again = scene.claim_one("s").await;
+    let ends = [&again, &leases[3]].map(|lease| ended(lease, Next::Complete));
+    assert_eq!(scene.provider.settle(ends.into()).await.unwrap(), [COMPLETED, COMPLETED]);
+    for (lease, attempts) in leases.iter().zip([1, 2, 1, 1, 1, 1, 1, 1]) {
+        let detail = scene.detail(&lease.event.id).await;
+        assert_eq!(detail.deliveries[0].attempts.len(), attempts, "{detail:?}");
+        assert!(detail.deliveries[0].completed_at >= detail.deliveries[0].started_at, "{detail:?}");
+    }
+}
+
 /// DESIGN §2, invariant 3.
 pub async fn a_lease_taken_away_cannot_be_settled(scene: Scene) {
     let reclaimed = scene.add_one(&["s"]).await;

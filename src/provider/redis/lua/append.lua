@@ -88,12 +88,14 @@ local function append_events(places, chosen)
     by_id[2 * i - 1], by_id[2 * i] = id, seq
     facts[2 * i - 1], facts[2 * i] = seq, event_text(now, tonumber(created), kind, id, key, list[2])
     age[2 * i - 1], age[2 * i] = created, seq
-    if #kinds[kind] == 0 then names[#names + 1] = kind end
-    kinds[kind][#kinds[kind] + 1] = seq
-    kinds[kind][#kinds[kind] + 1] = seq
+    local own_kind = kinds[kind]
+    local last = #own_kind
+    if last == 0 then names[#names + 1] = kind end
+    own_kind[last + 1], own_kind[last + 2] = seq, seq
     local subs = list[1]
     if #subs > 0 then
-      open[#open + 1], open[#open + 2] = seq, seq
+      last = #open
+      open[last + 1], open[last + 2] = seq, seq
       if #subs > 1 then
         begun[#begun + 1], begun[#begun + 2] = seq, pack(PROGRESS, #subs, 0, 0)
       end
@@ -104,10 +106,12 @@ local function append_events(places, chosen)
     local own = (key == '') and plain[is_sole] or delivery_text(new_delivery(now, now, 0, key, is_sole))
     for _, sub in ipairs(subs) do
       local row = rows[sub]
-      row[#row + 1], row[#row + 2] = seq, own
+      last = #row
+      row[last + 1], row[last + 2] = seq, own
       if key == '' then
-        ready[sub][#ready[sub] + 1] = seq
-        ready[sub][#ready[sub] + 1] = seq
+        local line = ready[sub]
+        last = #line
+        line[last + 1], line[last + 2] = seq, seq
       else
         key = string.sub(ARGV[at + 3], 2)
         open_key(sub, seq, key)

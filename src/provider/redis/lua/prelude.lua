@@ -80,6 +80,7 @@ local RETRIES, TRIES, INFRA, NUMBER, TOKEN, KEY, WORKER = 11, 12, 13, 14, 15, 16
 local PENDING, LEASED, DONE, DEAD = 0, 1, 2, 3
 local DELIVERY = '<BBBBBdddddI4I4I4I4c8I4c0I4c0'
 local NO_TOKEN = string.rep('\0', 8)
+local TOKEN_AT = 62
 
 local function read_delivery(text)
   return { unpack_from(DELIVERY, text) }
@@ -148,9 +149,20 @@ local function status(open, begun, failed)
   return failed > 0 and 'f' or 'c'
 end
 
+-- Events that have no open delivery any more.
+local closed, late, swept = {}, {}, nil
+
+local function close_event(seq)
+  closed[#closed + 1] = seq
+  swept = swept or tonumber(call('HGET', meta, 'swept') or 0)
+  if tonumber(seq) <= swept then
+    late[#late + 1] = seq
+    late[#late + 1] = seq
+  end
+end
+
 local function store_progress()
-  local set, gone, opened, closed, late = {}, {}, {}, {}, {}
-  local swept
+  local set, gone, opened = {}, {}, {}
   for seq, p in pairs(progress) do
     local open, begun, failed = p[1], p[2], p[3]
     if open ~= p[4] or begun ~= p[5] or failed ~= p[6] then
@@ -169,12 +181,7 @@ local function store_progress()
         opened[#opened + 1] = seq
         opened[#opened + 1] = seq
       elseif open == 0 and p[4] > 0 then
-        closed[#closed + 1] = seq
-        swept = swept or tonumber(call('HGET', meta, 'swept') or 0)
-        if tonumber(seq) <= swept then
-          late[#late + 1] = seq
-          late[#late + 1] = seq
-        end
+        close_event(seq)
       end
     end
   end
@@ -184,6 +191,7 @@ local function store_progress()
   many('HSET', P .. 'pg', set)
   many('ZADD', P .. 'open', opened)
   many('ZADD', P .. 'late', late)
+  closed, late = {}, {}
 end
 
 -- Ready deliveries stand in `q:<subscription>` by seq, but those behind an earlier open one of their key in `b:`. Later
