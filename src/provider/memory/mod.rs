@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::fmt::serde::unsigned_duration::friendly::compact as friendly;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -47,6 +47,10 @@ impl Default for Options {
         }
     }
 }
+
+/// How often a caller looks whether the lock is free before it goes to sleep: for a few microseconds, as long as a batch
+/// takes. To sleep and to be woken takes longer than that.
+const LOOKS: usize = 100;
 
 /// The store in memory.
 pub struct MemoryProvider {
@@ -88,9 +92,19 @@ impl MemoryProvider {
         Ok(Self { contents, wake: watch::Sender::new(0), clock, epoch, options })
     }
 
+    fn lock(&self) -> MutexGuard<'_, Option<Contents>> {
+        for _ in 0..LOOKS {
+            if let Some(guard) = self.contents.try_lock() {
+                return guard;
+            }
+            std::hint::spin_loop();
+        }
+        self.contents.lock()
+    }
+
     /// Runs `work` on the state at the present instant.
     fn enter<T>(&self, work: impl FnOnce(&mut State, i64) -> T) -> Result<T> {
-        let mut guard = self.contents.lock();
+        let mut guard = self.lock();
         // Read under the lock: time must go on in the order in which calls change the state, or a claim could meet a
         // delivery that is due in its future and drop the hint of it.
         let now = (self.clock)();
@@ -100,7 +114,11 @@ impl MemoryProvider {
             state.log.expire(now.saturating_sub(as_micros(self.options.max_age)));
             state.shelf.expire(now);
         }
-        Ok(work(state, now))
+        let answer = work(state, now);
+        let gone = state.log.take_gone();
+        drop(guard);
+        drop(gone);
+        Ok(answer)
     }
 
     /// As [`enter`](Self::enter), for work after which there may be something to claim or to read.
@@ -154,7 +172,7 @@ impl Provider for MemoryProvider {
 
     async fn get(&self, id: &str) -> Result<Option<EventDetail>> {
         // Nothing is looked up more often: no clock is read for it.
-        Ok(self.contents.lock().as_ref().ok_or(Error::Stopped("provider"))?.state.get(id))
+        Ok(self.lock().as_ref().ok_or(Error::Stopped("provider"))?.state.get(id))
     }
 
     async fn list(&self, filter: &EventFilter) -> Result<EventPage> {

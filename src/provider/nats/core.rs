@@ -384,6 +384,7 @@ impl Core {
                 let log = &self.state.log;
                 let pruned: Vec<_> = self.places.extract_if(.., |seq, _| log.get(*seq).is_none()).collect();
                 self.let_go(pruned.into_iter().map(|(_, place)| place));
+                drop(self.state.log.take_gone());
                 Outcome::Changed(old + many)
             }
             Move::Document { collection, key, value, expect, ttl } => {

@@ -107,6 +107,8 @@ pub(in crate::provider) struct Log {
     erased: BTreeMap<Seq, (EventId, i64)>,
     /// Events that may be finished, oldest first.
     finished: Queue,
+    /// What was forgotten since it was last asked for.
+    gone: Vec<Arc<Slot>>,
     /// Events by status.
     pub(in crate::provider) events: Tally,
     /// Deliveries by status.
@@ -331,7 +333,14 @@ impl Log {
         if let Some(slot) = self.take(seq) {
             self.ids.remove(slot.hash, seq);
             self.pruned = self.pruned.max(seq);
+            self.gone.push(slot);
         }
+    }
+
+    /// What was forgotten, for the caller to drop where nobody waits: of memory that was not touched for long that takes as
+    /// long as all the rest of an append.
+    pub(in crate::provider) fn take_gone(&mut self) -> Vec<Arc<Slot>> {
+        std::mem::take(&mut self.gone)
     }
 
     /// Removes the oldest finished event. `false` when every event is open.
