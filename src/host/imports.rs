@@ -7,7 +7,7 @@
 //! ([`Stop::HostFault`]). So does calling the host too often, which [`instance`](super::instance) watches by the count that
 //! is kept here.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -67,7 +67,8 @@ struct Used {
 pub(super) struct State {
     pub(super) meter: Meter,
     terms: Arc<Terms>,
-    log: Log,
+    /// Where the guest's lines go, from the first of them on: most guests write none.
+    log: Option<Log>,
     deadline: Option<Instant>,
     /// One per event of the call.
     turns: SmallVec<[Turn; 1]>,
@@ -80,7 +81,7 @@ pub(super) struct State {
     /// What the effects of all events hold, in bytes: it waits in memory for the end of the call.
     held: usize,
     is_crowded: bool,
-    wasi: Option<Wasi>,
+    wasi: Option<Box<Wasi>>,
 }
 
 /// One attempt.
@@ -88,15 +89,15 @@ pub(super) struct Turn {
     call: Call,
     effects: Effects,
     /// This attempt's own writes: a value, or `None` for deleted.
-    written: HashMap<(String, String), Option<Bytes>>,
+    written: BTreeMap<(String, String), Option<Bytes>>,
     used: Used,
-    /// `None` before it has a turn, and while it has.
+    /// `None` before it has lines, and while it has its turn.
     log: Option<Box<Tail>>,
 }
 
 impl Turn {
     fn new(call: Call) -> Self {
-        Self { call, effects: Effects::default(), written: HashMap::new(), used: Used::default(), log: None }
+        Self { call, effects: Effects::default(), written: BTreeMap::new(), used: Used::default(), log: None }
     }
 
     /// Where its lines go from here on.
@@ -125,7 +126,7 @@ impl State {
         Self {
             meter: Meter::new(bytes(terms.limits.memory)),
             terms: Arc::clone(terms),
-            log: Log::default(),
+            log: None,
             deadline: None,
             turns: SmallVec::new(),
             turn: 0,
@@ -144,16 +145,26 @@ impl State {
         self.turns.clear();
         self.turns.extend(calls.into_iter().map(Turn::new));
         (self.turn, self.is_said) = (0, self.turns.len() == 1);
-        let first = self.turns.first_mut().map(|turn| turn.open_log(&self.terms));
-        self.log.exchange(first);
+        if let Some(log) = &self.log {
+            log.exchange(self.turns.first_mut().map(|turn| turn.open_log(&self.terms)));
+        }
+    }
+
+    /// Where the lines of whose turn it is go.
+    fn log(&mut self) -> &Log {
+        let Self { log, turns, turn, terms, .. } = self;
+        opened(log, turns, *turn, terms)
     }
 
     /// Ends all attempts; the state is busy with nothing once they have been taken.
     pub(super) fn end(&mut self) -> smallvec::Drain<'_, [Turn; 1]> {
-        let log = self.log.exchange(None);
-        if let Some(turn) = self.turns.get_mut(self.turn) {
-            turn.log = log;
+        if let Some(log) = &self.log
+            && let Some(turn) = self.turns.get_mut(self.turn)
+        {
+            turn.log = log.exchange(None);
         }
+        // What WASI writes to stays.
+        self.log = self.log.take().filter(|_| self.wasi.is_some());
         self.turns.drain(..)
     }
 
@@ -212,9 +223,11 @@ impl State {
         if next == self.turn {
             return Ok(());
         }
-        let before = self.log.exchange(Some(turn.open_log(&self.terms)));
-        if let Some(turn) = self.turns.get_mut(self.turn) {
-            turn.log = before;
+        if let Some(log) = &self.log {
+            let before = log.exchange(Some(turn.open_log(&self.terms)));
+            if let Some(turn) = self.turns.get_mut(self.turn) {
+                turn.log = before;
+            }
         }
         self.turn = next;
         Ok(())
@@ -294,6 +307,15 @@ impl State {
         turn.effects.published.push(publish);
         Ok(EventId::caused(&turn.call.event.id, &turn.call.subscription, index).to_string())
     }
+}
+
+/// Where the lines of whose turn it is go.
+fn opened<'a>(log: &'a mut Option<Log>, turns: &mut [Turn], turn: usize, terms: &Terms) -> &'a Log {
+    log.get_or_insert_with(|| {
+        let log = Log::default();
+        log.exchange(turns.get_mut(turn).map(|turn| turn.open_log(terms)));
+        log
+    })
 }
 
 fn nobody() -> wasmtime::Error {
@@ -383,7 +405,7 @@ impl delivery::Host for State {
 
 impl log::Host for State {
     fn emit(&mut self, level: u8, message: String, fields: Attributes) -> wasmtime::Result<()> {
-        self.log.add(LogLine { level, message, fields });
+        self.log().add(LogLine { level, message, fields });
         Ok(())
     }
 }
@@ -480,8 +502,9 @@ fn sum(before: Option<&[u8]>, by: i64) -> Result<i64, &'static str> {
 impl WasiView for State {
     fn ctx(&mut self) -> WasiCtxView<'_> {
         self.called();
-        let log = &self.log;
-        self.wasi.get_or_insert_with(|| Wasi::new(log)).view()
+        let Self { log, turns, turn, terms, wasi, .. } = self;
+        let log = opened(log, turns, *turn, terms);
+        wasi.get_or_insert_with(|| Box::new(Wasi::new(log))).view()
     }
 }
 
