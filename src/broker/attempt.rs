@@ -33,17 +33,21 @@ const MOMENT: Duration = Duration::from_secs(1);
 const TOGETHER: usize = 32;
 const SHORT: Duration = Duration::from_micros(50);
 
+/// How long a worker keeps its thread where no handler waits: half as long as a guest that computes.
+const SLICE: Duration = Duration::from_micros(500);
+
 /// Works until the lanes are closed and empty. Before the worker waits for anything, what it did is settled.
 pub(super) async fn work(shared: Arc<Shared>) {
     let mut finished: Option<Finished> = None;
     let mut ended = Vec::with_capacity(TOGETHER);
+    let mut slice = Instant::now();
     loop {
         let (turn, hungry) = shared.lanes.next(finished.take().as_ref());
         let busy = matches!(turn, Turn::Work(_));
         let refilled = hungry && shared.refill(busy).await;
         match turn {
             Turn::Work(job) => {
-                finished = Some(attempts(&shared, job, &mut ended).await);
+                finished = Some(attempts(&shared, job, &mut ended, &mut slice).await);
             }
             _ if !ended.is_empty() => shared.settle(&mut ended).await,
             Turn::Wait if refilled => {}
@@ -55,10 +59,10 @@ pub(super) async fn work(shared: Arc<Shared>) {
 
 /// Makes the attempts of a job: in one call where the handler takes several, else one after the other. What they came
 /// to is settled in time, and what has not begun when one of them takes long is left to others.
-async fn attempts(shared: &Arc<Shared>, job: Job, ended: &mut Vec<Ended>) -> Finished {
+async fn attempts(shared: &Arc<Shared>, job: Job, ended: &mut Vec<Ended>, slice: &mut Instant) -> Finished {
     let Job { binding, mut leases, is_batch } = job;
     if is_batch {
-        batch(shared, &binding, leases, ended).await;
+        batch(shared, &binding, leases, ended, slice).await;
         return Finished { binding, was_short: false };
     }
     let (mut was_short, mut watch) = (true, Watch::start());
@@ -68,7 +72,7 @@ async fn attempts(shared: &Arc<Shared>, job: Job, ended: &mut Vec<Ended>) -> Fin
             was_short = false;
             leave(shared, &binding, &mut leases).await;
         }
-        if settle_in_time(shared, ended).await {
+        if settle_in_time(shared, ended, slice).await {
             watch = Watch::start();
         }
     }
@@ -76,7 +80,13 @@ async fn attempts(shared: &Arc<Shared>, job: Job, ended: &mut Vec<Ended>) -> Fin
 }
 
 /// Makes attempts in one call, or each in its own where that does not work out.
-async fn batch(shared: &Arc<Shared>, binding: &Arc<Binding>, leases: VecDeque<Lease>, ended: &mut Vec<Ended>) {
+async fn batch(
+    shared: &Arc<Shared>,
+    binding: &Arc<Binding>,
+    leases: VecDeque<Lease>,
+    ended: &mut Vec<Ended>,
+    slice: &mut Instant,
+) {
     shared.settle(ended).await;
     let mut watch = Watch::start();
     let calls = leases.iter().map(|lease| call(shared, binding, lease)).collect();
@@ -87,13 +97,13 @@ async fn batch(shared: &Arc<Shared>, binding: &Arc<Binding>, leases: VecDeque<Le
             bound_chain(shared, &mut one).await;
             ended.push(one);
         }
-        settle_in_time(shared, ended).await;
+        settle_in_time(shared, ended, slice).await;
         return;
     }
     for lease in leases {
         // Nothing is left to others, who would try them in one call again.
         attempt(shared, binding, &mut Watch::start(), lease, &mut VecDeque::new(), ended).await;
-        settle_in_time(shared, ended).await;
+        settle_in_time(shared, ended, slice).await;
     }
 }
 
@@ -108,12 +118,17 @@ async fn leave(shared: &Shared, binding: &Binding, leases: &mut VecDeque<Lease>)
 /// Settles unless there are few results and the last took no time, so that the next hardly will.
 ///
 /// Handlers that never wait would keep the thread for as long as there is work, and the runtime lets nobody else take
-/// over what was woken here last, be it another worker or a publisher: hence a turn for others.
-async fn settle_in_time(shared: &Arc<Shared>, ended: &mut Vec<Ended>) -> bool {
-    let is_time = ended.len() >= TOGETHER || ended.last().is_some_and(|last| last.duration > SHORT);
+/// over what was woken here last, be it another worker or a publisher: hence a turn for others after that many attempts, or
+/// at the end of a `slice`, which is given by its beginning.
+async fn settle_in_time(shared: &Arc<Shared>, ended: &mut Vec<Ended>, slice: &mut Instant) -> bool {
+    let are_many = ended.len() >= TOGETHER;
+    let is_time = are_many || ended.last().is_some_and(|last| last.duration > SHORT);
     if is_time {
         shared.settle(ended).await;
-        tokio::task::yield_now().await;
+        if are_many || slice.elapsed() >= SLICE {
+            tokio::task::yield_now().await;
+            *slice = Instant::now();
+        }
     }
     is_time
 }

@@ -7,6 +7,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Wake, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -133,6 +135,33 @@ async fn the_shorter_timeout_of_subscription_and_plugin_counts() {
     let outcome = attempt(&handler, json!({"fault": "loop"})).await;
     assert_eq!(outcome.verdict, Verdict::Timeout);
     assert!(outcome.fault.unwrap().message.contains("50ms"));
+}
+
+/// Counts how often a task is woken.
+#[derive(Default)]
+struct Wakes(AtomicUsize);
+
+impl Wake for Wakes {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// A task that wakes itself is ready again before the runtime has looked at timers and sockets, which it then does after
+/// every 61st only.
+#[tokio::test]
+async fn a_guest_that_computes_goes_on_after_timers_and_sockets_had_their_turn() {
+    let host = host();
+    let handler = loaded(&host, "").await;
+    let wakes = Arc::new(Wakes::default());
+    let waker = Waker::from(Arc::clone(&wakes));
+    let mut endless = handler.handle(call(&json!({"fault": "loop"})));
+    for turn in 0..3 {
+        assert!(endless.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        assert_eq!(wakes.0.load(Ordering::SeqCst), turn, "the runtime has not looked yet");
+        tokio::task::yield_now().await;
+        assert_eq!(wakes.0.load(Ordering::SeqCst), turn + 1);
+    }
 }
 
 #[tokio::test]
