@@ -22,16 +22,17 @@ pub(crate) fn run() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let ours = Ours { runtime, server: Postgres::start(Fsync::On) };
     if let Some(peer) = peer::node("graphile-worker") {
-        ours.drain("graphile-worker, tuned", "≥ 1.5", &peer, "100000");
+        ours.drain("graphile-worker, tuned", "≥ 1.5", &peer, &["100000"]);
         ours.singles("graphile-worker", &peer, "1600");
         ours.pick_up("graphile-worker", &peer);
     }
     if let Some(peer) = peer::node("pg-boss") {
-        ours.drain("pg-boss", "≥ 2", &peer, "100000");
+        ours.drain("pg-boss", "≥ 2", &peer, &["100000"]);
         ours.singles("pg-boss", &peer, "3200");
     }
     if let Some(peer) = peer::cargo("apalis-postgres") {
-        ours.drain("20,000 of apalis-postgres", "≥ 8", &peer, "20000");
+        ours.drain("10,000 of apalis-postgres as it comes, in batches of 10", "≥ 8", &peer, &["10000", "10"]);
+        ours.drain("20,000 of apalis-postgres in batches of 500", "none", &peer, &["20000"]);
         ours.singles("apalis-postgres", &peer, "6400");
         ours.pick_up("apalis-postgres with NOTIFY", &peer);
     }
@@ -43,12 +44,13 @@ struct Ours {
 }
 
 impl Ours {
-    fn drain(&self, name: &str, goal: &str, peer: &Peer, count: &str) {
+    /// `arguments` are how many jobs the peer handles, and what else it is told.
+    fn drain(&self, name: &str, goal: &str, peer: &Peer, arguments: &[&str]) {
         support::compare(
             &format!("PostgreSQL, drain of 100,000 stored events, against {name}"),
             goal,
             || self.runtime.block_on(async { rig(&self.server).await.drain(DRAINED, BATCH).await }),
-            || peer.measure(&["drain", &database(&self.server), count]),
+            || peer.measure(&[&["drain", &*database(&self.server)], arguments].concat()),
         );
     }
 

@@ -6,7 +6,7 @@
 //! jobs locked by a statement of their own, and 20,000 jobs take 40 statements to claim and 40 to complete.
 //!
 //! `publish URL N` pushes N jobs from 32 callers, one each at a time; `drain URL N` handles N jobs that were pushed before,
-//! in batches of 500; both print work per second. `pace URL N` pushes N jobs, 50 a second, each with the time at which it
+//! in batches of 500, or of as many as a fourth argument says; both print work per second. `pace URL N` pushes N jobs, 50 a second, each with the time at which it
 //! was sent; `work URL N` hears of them by NOTIFY, prints `ready` first, and for each the milliseconds that it took.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -55,8 +55,8 @@ async fn publish(pool: &PgPool, count: usize) -> f64 {
     count as f64 / began.elapsed().as_secs_f64()
 }
 
-async fn drain(pool: &PgPool, count: usize) -> f64 {
-    let mut storage = storage(pool, 500);
+async fn drain(pool: &PgPool, count: usize, batch: usize) -> f64 {
+    let mut storage = storage(pool, batch);
     let mut jobs = futures::stream::iter((0..count).map(|_| TaskBuilder::new(payload()).build()));
     storage.push_all(&mut jobs).await.unwrap();
     sqlx::query("ANALYZE").execute(pool).await.unwrap();
@@ -117,7 +117,10 @@ async fn main() {
     let count = arguments[3].parse().unwrap();
     match arguments[1].as_str() {
         "publish" => println!("{:.0}", publish(&pool, count).await),
-        "drain" => println!("{:.0}", drain(&pool, count).await),
+        "drain" => {
+            let batch = arguments.get(4).map_or(500, |batch| batch.parse().unwrap());
+            println!("{:.0}", drain(&pool, count, batch).await);
+        }
         "pace" => pace(&pool, count).await,
         "work" => work(&pool, count).await,
         other => panic!("publish, drain, pace or work, not {other}"),
