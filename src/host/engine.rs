@@ -96,6 +96,7 @@ pub(super) struct Engine {
 
 /// The engines for code of one kind.
 struct Set {
+    fuel: bool,
     config: Config,
     /// Instances from a pool: the fast way. `None` where its address space cannot be had.
     pooled: OnceLock<Option<wasmtime::Engine>>,
@@ -108,7 +109,7 @@ struct Set {
 impl Set {
     fn new(fuel: bool) -> Self {
         let (pooled, single, concurrent) = Default::default();
-        Self { config: config(fuel), pooled, single, concurrent }
+        Self { fuel, config: config(fuel), pooled, single, concurrent }
     }
 }
 
@@ -222,7 +223,8 @@ impl Engine {
             let mut config = set.config.clone();
             config.allocation_strategy(InstanceAllocationStrategy::Pooling(self.pool.clone()));
             let pooled = wasmtime::Engine::new(&config).inspect_err(|error| {
-                tracing::warn!(error = format!("{error:#}"), "no pool for instances, each is allocated by itself");
+                let (fuel, error) = (set.fuel, format!("{error:#}"));
+                tracing::warn!(fuel, error, "no pool for these instances, each is allocated by itself");
             });
             pooled.inspect(|engine| self.keep_time_of(engine)).ok()
         };
