@@ -150,12 +150,6 @@ impl State {
         }
     }
 
-    /// Where the lines of whose turn it is go.
-    fn log(&mut self) -> &Log {
-        let Self { log, turns, turn, terms, .. } = self;
-        opened(log, turns, *turn, terms)
-    }
-
     /// Ends all attempts; the state is busy with nothing once they have been taken.
     pub(super) fn end(&mut self) -> smallvec::Drain<'_, [Turn; 1]> {
         if let Some(log) = &self.log
@@ -405,7 +399,8 @@ impl delivery::Host for State {
 
 impl log::Host for State {
     fn emit(&mut self, level: u8, message: String, fields: Attributes) -> wasmtime::Result<()> {
-        self.log().add(LogLine { level, message, fields });
+        let Self { log, turns, turn, terms, .. } = self;
+        opened(log, turns, *turn, terms).add(LogLine { level, message, fields });
         Ok(())
     }
 }

@@ -33,10 +33,10 @@ end
 -- Most attempts of a batch are first ones that succeed and write nothing, at deliveries without a key that are their event's
 -- only ones and were claimed together: they have one record up to the token, and end with one record. It is made once for
 -- all of them, since reading and packing each by itself would take longer than all that the server does for it.
-local function done_alike(text, attempt)
+local function done_alike(text)
   local d = read_delivery(text)
   if d[STAGE] ~= LEASED or d[KEYED] == 1 or d[SOLE] ~= 1 or d[NUMBER] > 0 then return false end
-  d[STAGE], d[COMPLETED], d[WORKER], d[TOKEN], d[CLAIMED], d[NUMBER] = DONE, now, '', NO_TOKEN, 0, attempt
+  d[STAGE], d[COMPLETED], d[WORKER], d[TOKEN], d[CLAIMED], d[NUMBER] = DONE, now, '', NO_TOKEN, 0, 1
   return delivery_text(d)
 end
 
@@ -52,11 +52,11 @@ for sub, list in pairs(wanted) do
     local one, first = ends[i], seen[seq]
     seen[seq] = i
     if first then
-      -- Two ends of one claim: the second is late, whatever the first was.
+      -- Two ends of one delivery go the long way, where what one does to it is seen by the other.
       others[#others + 1], done[first] = seq, nil
     elseif text and is_plain(one) and string.sub(text, TOKEN_AT, TOKEN_AT + 7) == one[LEASE] then
       local head = string.sub(text, 1, TOKEN_AT - 1)
-      if kinds[head] == nil then kinds[head] = done_alike(text, one[ATTEMPT]) end
+      if kinds[head] == nil then kinds[head] = done_alike(text) end
       done[i] = kinds[head] or nil
     end
     if not done[i] then others[#others + 1] = seq end
