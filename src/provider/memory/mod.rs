@@ -28,7 +28,8 @@ use crate::event::Seq;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
-    /// The most events kept. The oldest finished one makes room for a new one; when all are open, publishing is refused.
+    /// The most events kept. The oldest finished ones make room for a new one, up to 32 at once and of 64 not more than one;
+    /// when all are open, publishing is refused.
     pub max_events: u64,
     /// Finished events go when they are older.
     #[serde(with = "friendly::required")]
@@ -403,6 +404,42 @@ mod tests {
         assert!(provider.enter(|state, _| state.log.places()).unwrap() < 10_000);
         assert_eq!(claim(&provider, 10).await.len(), 1);
         let seqs: Vec<_> = provider.read(0, 3).await.unwrap().events.iter().map(|event| event.seq.unwrap()).collect();
-        assert_eq!(seqs, [1, 48_003, 48_004]);
+        let next = seqs[1];
+        assert_eq!(seqs, [1, next, next + 1]);
+        // Up to 32 make room for one.
+        assert!((48_003..48_003 + 32).contains(&next), "{next}");
+    }
+
+    /// Where nearly all are open, what has just finished is not swept out with the oldest.
+    #[tokio::test]
+    async fn an_event_among_many_open_ones_stays_until_older_finished_ones_are_gone() {
+        let provider = with_max(3_000);
+        provider.append(appends(2_990, &["s"])).await.unwrap();
+        let batches = appends(30, &[]);
+        let ids: Vec<_> = batches.iter().map(|append| append.event.id.clone()).collect();
+        for append in batches {
+            provider.append(vec![append]).await.unwrap();
+        }
+        for (at, id) in ids.iter().enumerate() {
+            assert_eq!(provider.get(id.as_str()).await.unwrap().is_some(), at >= 20, "{at}");
+        }
+    }
+
+    /// BEHAVIOURS E5: there are never more than may be, and never many fewer.
+    #[tokio::test]
+    async fn few_more_go_than_have_to() {
+        for (max, at_once) in [(63, 1), (130, 2), (10_000, 32)] {
+            let provider = with_max(max);
+            let mut kept = Vec::new();
+            for append in appends(usize::try_from(max).unwrap() + 200, &[]) {
+                provider.append(vec![append]).await.unwrap();
+                kept.push(provider.stats().await.unwrap().total_events);
+            }
+            let (first, full) = kept.split_at(usize::try_from(max).unwrap());
+            assert_eq!(first.last(), Some(&max));
+            assert_eq!((full.iter().min(), full.iter().max()), (Some(&(max + 1 - at_once)), Some(&max)));
+            let gone = max + 200 - kept.last().unwrap();
+            assert_eq!(evictions(&provider).await, gone);
+        }
     }
 }

@@ -142,6 +142,7 @@ pub(super) mod attempts {
     use serde::de::Error as _;
     use serde::ser::Error as _;
     use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+    use smallvec::SmallVec;
 
     use crate::delivery::Attempt;
 
@@ -151,11 +152,14 @@ pub(super) mod attempts {
         Bytes::from(json).serialize(to)
     }
 
-    pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Attempt>, D::Error> {
+    pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<SmallVec<[Attempt; 1]>, D::Error> {
         let json = Bytes::deserialize(from)?;
         if json.is_empty() {
-            return Ok(Vec::new());
+            return Ok(SmallVec::new());
         }
-        serde_json::from_slice(&json).map_err(D::Error::custom)
+        let attempts: Vec<Attempt> = serde_json::from_slice(&json).map_err(D::Error::custom)?;
+        Ok(attempts.into_iter().collect())
     }
 }

@@ -59,6 +59,13 @@ impl Slot {
     }
 }
 
+/// An id that was looked up.
+pub(in crate::provider) struct Found {
+    hash: u64,
+    /// Where it stands.
+    pub(in crate::provider) seq: Option<Seq>,
+}
+
 /// Seqs by the hash of their event's id. The ids themselves are left where they are: an event that goes has not been looked
 /// at for long, and reading its id again would wait for memory.
 #[derive(Default)]
@@ -115,6 +122,10 @@ pub(in crate::provider) struct Log {
     pub(in crate::provider) deliveries: Tally,
 }
 
+/// The most events that are removed together. What was not touched for long is slow to come by, and several are fetched in the
+/// time of one.
+pub(super) const TOGETHER: usize = 32;
+
 /// Below this many slots, holes cost nothing worth moving anything for.
 const FEW_SLOTS: usize = 1_024;
 
@@ -134,7 +145,17 @@ impl Log {
     }
 
     pub(in crate::provider) fn seq_of(&self, id: &str) -> Option<Seq> {
-        self.ids.find(self.ids.hash(id), |seq| self.id_at(seq).is_some_and(|known| known.as_str() == id))
+        self.find(self.ids.hash(id), id)
+    }
+
+    fn find(&self, hash: u64, id: &str) -> Option<Seq> {
+        self.ids.find(hash, |seq| self.id_at(seq).is_some_and(|known| known.as_str() == id))
+    }
+
+    /// Looks up an id for [`push`](Self::push).
+    pub(in crate::provider) fn look_up(&self, id: &EventId) -> Found {
+        let hash = self.ids.hash(id.as_str());
+        Found { hash, seq: self.find(hash, id.as_str()) }
     }
 
     fn id_at(&self, seq: Seq) -> Option<&EventId> {
@@ -229,10 +250,15 @@ impl Log {
     }
 
     /// Adds an event whose id is new; `subscriptions` ascend.
-    pub(in crate::provider) fn push(&mut self, mut event: Arc<Event>, subscriptions: &[usize], now: i64) -> Status {
+    pub(in crate::provider) fn push(
+        &mut self,
+        mut event: Arc<Event>,
+        Found { hash, .. }: Found,
+        subscriptions: &[usize],
+        now: i64,
+    ) -> Status {
         self.head += 1;
         Arc::make_mut(&mut event).seq = Some(self.head);
-        let hash = self.ids.hash(event.id.as_str());
         self.ids.insert(hash, self.head);
         let works = match subscriptions {
             &[subscription] => SmallVec::from_buf([Work::new(subscription, now)]),
@@ -329,12 +355,12 @@ impl Log {
         Some(slot)
     }
 
-    fn forget(&mut self, seq: Seq) {
-        if let Some(slot) = self.take(seq) {
-            self.ids.remove(slot.hash, seq);
-            self.pruned = self.pruned.max(seq);
-            self.gone.push(slot);
-        }
+    fn forget(&mut self, seq: Seq) -> bool {
+        let Some(slot) = self.take(seq) else { return false };
+        self.ids.remove(slot.hash, seq);
+        self.pruned = self.pruned.max(seq);
+        self.gone.push(slot);
+        true
     }
 
     /// What was forgotten, for the caller to drop where nobody waits: of memory that was not touched for long that takes as
@@ -343,23 +369,31 @@ impl Log {
         std::mem::take(&mut self.gone)
     }
 
-    /// Removes the oldest finished event. `false` when every event is open.
-    pub(in crate::provider) fn evict(&mut self) -> bool {
-        while let Some(seq) = self.finished.pop() {
+    /// Removes up to `count` of the oldest finished events, and says how many it found.
+    pub(in crate::provider) fn evict(&mut self, count: usize) -> u64 {
+        // First all are looked at, and then they are taken.
+        let mut oldest: SmallVec<[Seq; TOGETHER]> = SmallVec::new();
+        while oldest.len() < count
+            && let Some(seq) = self.finished.pop()
+        {
             if self.get(seq).is_some_and(|slot| !slot.is_open()) {
-                self.forget(seq);
-                self.tidy();
-                return true;
+                oldest.push(seq);
             }
         }
-        false
+        let gone = oldest.into_iter().filter(|&seq| self.forget(seq)).count();
+        self.tidy();
+        gone as u64
     }
 
     /// Removes the oldest finished events while there are more than `max` events.
     pub(in crate::provider) fn shrink(&mut self, max: u64) -> u64 {
         let mut gone = 0;
-        while self.total() > max && self.evict() {
-            gone += 1;
+        while self.total() > max {
+            let too_many = usize::try_from(self.total() - max).unwrap_or(usize::MAX);
+            match self.evict(too_many.min(TOGETHER)) {
+                0 => break,
+                more => gone += more,
+            }
         }
         gone
     }

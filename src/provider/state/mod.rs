@@ -41,6 +41,9 @@ pub(in crate::provider) struct State {
     max_events: u64,
 }
 
+/// The share of the finished events that go at once: what has just finished may still be asked for.
+const EVICTION_SHARE: u64 = 64;
+
 /// The lines by subscription. An index, once given, stays.
 #[derive(Default)]
 pub(in crate::provider) struct Lines {
@@ -144,13 +147,14 @@ impl State {
 
     fn append_one(&mut self, append: Append, now: i64) -> Appended {
         let Append { event, subscriptions } = append;
-        if let Some(seq) = self.log.seq_of(event.id.as_str()) {
+        let id = self.log.look_up(&event.id);
+        if let Some(seq) = id.seq {
             let status = self.log.get(seq).map_or(Status::Completed, log::Slot::status);
             return Appended { seq, duplicate: true, status };
         }
         let indices = self.lines.indices(&subscriptions);
         let key = event.key.clone();
-        let status = self.log.push(event, &indices, now);
+        let status = self.log.push(event, id, &indices, now);
         let seq = self.log.head;
         for &index in &*indices {
             if let Some(line) = self.lines.get(index) {
@@ -158,8 +162,10 @@ impl State {
                 line.wait(seq, now, now);
             }
         }
-        if self.log.total() > self.max_events && self.log.evict() {
-            self.evictions += 1;
+        if self.log.total() > self.max_events {
+            let finished = self.log.total() - self.log.events.open();
+            let some = (finished / EVICTION_SHARE).clamp(1, log::TOGETHER as u64);
+            self.evictions += self.log.evict(some as usize);
         }
         Appended { seq, duplicate: false, status }
     }

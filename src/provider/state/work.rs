@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 use crate::delivery::{Attempt, Delivery, Move, Next, Status, Verdict};
 use crate::event::micros;
@@ -32,7 +33,7 @@ pub(in crate::provider) struct Work {
     pub(in crate::provider) verdict: Option<Verdict>,
     pub(in crate::provider) error: Option<Arc<str>>,
     #[serde(with = "super::image::attempts")]
-    pub(in crate::provider) attempts: Vec<Attempt>,
+    pub(in crate::provider) attempts: SmallVec<[Attempt; 1]>,
 }
 
 impl Work {
@@ -55,7 +56,7 @@ impl Work {
             is_replay: false,
             verdict: None,
             error: None,
-            attempts: Vec::new(),
+            attempts: SmallVec::new(),
         }
     }
 
@@ -102,8 +103,6 @@ impl Work {
     fn record(&mut self, attempt: Attempt) {
         self.verdict = Some(attempt.verdict);
         self.error = attempt.error.as_ref().map(|fault| fault.to_string().into());
-        // Most deliveries have one for ever.
-        self.attempts.reserve_exact(1);
         self.attempts.push(attempt);
     }
 
