@@ -111,12 +111,18 @@ impl Lane {
         !self.queue.is_empty() && self.running < self.limit
     }
 
-    /// How many deliveries to claim now. Nothing while the queue is more than half full: claims come in batches.
-    fn room(&mut self, now: Instant) -> usize {
-        if self.paused || self.queue.len() > self.window.ahead / 2 {
+    /// How many deliveries to claim now, if `share` may wait for a worker. Nothing while the queue is more than `low` full:
+    /// claims come in batches.
+    fn room(&mut self, now: Instant, low: Low, share: usize) -> usize {
+        let ahead = self.window.within(share);
+        let enough = match low {
+            Low::Half => ahead / 2,
+            Low::ThreeQuarters => ahead / 4 * 3,
+        };
+        if self.paused || self.claiming || self.queue.len() > enough {
             return 0;
         }
-        let room = (self.limit + self.window.ahead).saturating_sub(self.running + self.queue.len());
+        let room = (self.limit + ahead).saturating_sub(self.running + self.queue.len());
         match &mut self.rate {
             None => room,
             Some(rate) => {
@@ -125,6 +131,16 @@ impl Lane {
             }
         }
     }
+}
+
+/// How full a lane's queue may be when the lane claims.
+#[derive(Clone, Copy)]
+enum Low {
+    /// Then it has to.
+    Half,
+    /// Then it joins others that have to: lanes that claim together get the deliveries of the same events, which costs
+    /// stores less than when each comes at its own time, and keeps them out of the way of other processes.
+    ThreeQuarters,
 }
 
 struct State {
@@ -139,6 +155,11 @@ struct State {
     running: usize,
     /// Claims on their way.
     claims: usize,
+    /// How many lanes they are for.
+    claiming: usize,
+    /// How many deliveries may wait for a worker in each lane that has more to claim: lanes that have much leave room for the
+    /// others.
+    share: usize,
     /// Whether lanes were hinted since somebody last looked what to claim.
     news: bool,
     /// Whether a worker was woken and has not found out yet whether there is something for it. Whoever has news for
@@ -160,6 +181,14 @@ pub(super) struct Wanted {
 impl Wanted {
     pub(super) fn is_empty(&self) -> bool {
         self.wants.is_empty()
+    }
+
+    /// Gives lanes with about the same room the same: those that get the same events go on getting the same ones.
+    fn even_out(&mut self) {
+        let most = self.wants.iter().map(|want| want.room).max().unwrap_or_default();
+        let are_alike = |want: &&mut Want| want.room > most / 2;
+        let even = self.wants.iter_mut().filter(are_alike).map(|want| want.room).min().unwrap_or_default();
+        self.wants.iter_mut().filter(are_alike).for_each(|want| want.room = even);
     }
 }
 
@@ -221,6 +250,8 @@ impl Lanes {
             queued: 0,
             running: 0,
             claims: 0,
+            claiming: 0,
+            share: buffer,
             news: false,
             searching: false,
             closed: false,
@@ -328,10 +359,16 @@ impl Lanes {
         state.news = false;
         let mut budget = self.buffer.saturating_sub(state.queued);
         let mut wanted = Wanted { wants: Vec::new(), places: Places::new() };
+        let busy = state.hinted.len() + state.claiming;
+        state.share = self.buffer.checked_div(busy).unwrap_or(self.buffer);
+        if !state.has_to_claim(now) {
+            return wanted;
+        }
+        let share = state.share;
         for _ in 0..state.hinted.len() {
             let Some(id) = state.hinted.pop_front() else { break };
             let Some(lane) = state.lane(id) else { continue };
-            let room = if lane.claiming { 0 } else { lane.room(now).min(budget) };
+            let room = lane.room(now, Low::ThreeQuarters, share).min(budget);
             if room == 0 || wanted.wants.len() == WANTS {
                 state.hinted.push_back(id);
                 continue;
@@ -345,7 +382,9 @@ impl Lanes {
             wanted.wants.push(Want { subscription, room, ordering });
             wanted.places.push(id);
         }
+        wanted.even_out();
         state.claims += usize::from(!wanted.is_empty());
+        state.claiming += wanted.places.len();
         wanted
     }
 
@@ -381,6 +420,7 @@ impl Lanes {
         wants.iter().zip(places).for_each(|(want, &id)| state.claimed(id, want.room));
         self.metrics.queue_size().set(i64::try_from(state.queued).unwrap_or(i64::MAX));
         state.claims -= 1;
+        state.claiming -= places.len();
         if wake && !state.turns.is_empty() {
             self.wake_worker(state);
         } else {
@@ -404,6 +444,7 @@ impl Lanes {
             state.hint(id);
         }
         state.claims -= 1;
+        state.claiming -= places.len();
         self.note_idle(&state);
     }
 
@@ -535,6 +576,13 @@ impl State {
         }
     }
 
+    /// Whether some lane that is hinted has to claim.
+    fn has_to_claim(&mut self, now: Instant) -> bool {
+        let Self { hinted, lanes, share, .. } = self;
+        let mut lane = |id: LaneId| lanes.get_mut(id)?.as_mut().map(|lane| lane.room(now, Low::Half, *share) > 0);
+        hinted.iter().any(|&id| lane(id) == Some(true))
+    }
+
     fn claimed(&mut self, id: LaneId, room: usize) {
         let Some(lane) = self.lane(id) else { return };
         let count = std::mem::take(&mut lane.given);
@@ -570,6 +618,7 @@ impl State {
 
     /// The next job in turn, and whether its lane would like another claim.
     fn take_job(&mut self) -> Option<(Job, bool)> {
+        let share = self.share;
         while let Some(id) = self.turns.pop_front() {
             let Some(lane) = self.lane(id) else { continue };
             lane.in_turn = false;
@@ -588,7 +637,7 @@ impl State {
                 leases.push_back(lease);
             }
             lane.running += 1;
-            let hungry = lane.hinted && lane.queue.len() <= lane.window.ahead / 2;
+            let hungry = lane.hinted && lane.queue.len() <= lane.window.within(share) / 2;
             let binding = Arc::clone(&lane.binding);
             self.queued -= leases.len();
             self.running += 1;

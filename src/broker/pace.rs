@@ -12,7 +12,7 @@ const LONG_WAIT: Duration = Duration::from_secs(1);
 /// How far a lane leases ahead of its workers.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Window {
-    pub(super) ahead: usize,
+    ahead: usize,
     least: usize,
     most: usize,
 }
@@ -21,6 +21,11 @@ impl Window {
     pub(super) fn new(limit: usize, most: usize) -> Self {
         let least = limit.min(most);
         Self { ahead: least, least, most }
+    }
+
+    /// How far it leases ahead where no more than `share` may wait for a worker, which never is less than it can run.
+    pub(super) fn within(&self, share: usize) -> usize {
+        self.ahead.min(share.max(self.least))
     }
 
     /// The lane ran dry although the last claim gave all it asked for: lease twice as far ahead.

@@ -1,6 +1,7 @@
 //! The broker over the memory store, under paused time: what is published, called, retried, ordered and given back.
 
 use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -19,6 +20,8 @@ use tidegate::{
 use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+
+use crate::support::tapped::Tapped;
 
 /// A running broker over a memory store.
 struct Rig {
@@ -663,6 +666,47 @@ async fn deliveries_that_a_worker_took_together_do_not_wait_for_one_that_waits()
     gate.add_permits(1);
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!((handled.load(Ordering::SeqCst), rig.status("slow").await), (301, Status::Completed));
+}
+
+/// Subscriptions with a backlog each claim the deliveries of the same events at the same time, and none takes the others' room.
+#[tokio::test(start_paused = true)]
+async fn subscriptions_with_much_to_do_claim_together_and_leave_each_other_room() {
+    const NAMES: [&str; 4] = ["billing", "mail", "search", "stock"];
+    const EVENTS: usize = 2_000;
+    const BUFFER: usize = 400;
+    let store = Tapped::new(Arc::new(MemoryProvider::open(memory::Options::default()).unwrap()));
+    store.group();
+    let options = Options { buffer_size: NonZeroUsize::new(BUFFER).unwrap(), ..options() };
+    let workers = options.worker_count.get();
+    let (broker, service) = Broker::open(Arc::clone(&store) as _, options, Metrics::default()).await.unwrap();
+    let handled: Arc<[AtomicUsize; 4]> = Arc::default();
+    let apart = calls();
+    for (at, name) in NAMES.into_iter().enumerate() {
+        let (handled, apart) = (Arc::clone(&handled), Arc::clone(&apart));
+        let handler = native(move |_| {
+            handled[at].fetch_add(1, Ordering::SeqCst);
+            let counts = handled.each_ref().map(|count| count.load(Ordering::SeqCst));
+            apart.fetch_max(counts.iter().max().unwrap() - counts.iter().min().unwrap(), Ordering::SeqCst);
+            async { Ok(()) }
+        });
+        broker.subscribe(subscription(name, "*.*"), handler).await.unwrap();
+    }
+    let (stop, stopped) = oneshot::channel::<()>();
+    let running = tokio::spawn(service.run(async move { drop(stopped.await) }));
+    let events = (0..EVENTS).map(|_| event("a.b")).collect();
+    broker.publish_batch(events).await.unwrap();
+    drop(stop);
+    running.await.unwrap().unwrap();
+    assert_eq!(handled.each_ref().map(|count| count.load(Ordering::SeqCst)), [EVENTS; 4]);
+    let claims: Vec<_> =
+        store.claims().into_iter().filter(|claim| claim.iter().any(|(_, room)| *room > 2 * workers)).collect();
+    let together = claims.iter().filter(|claim| claim.len() == NAMES.len()).count();
+    assert!(claims.len() >= EVENTS * NAMES.len() / (BUFFER + 4 * workers), "{claims:?}");
+    assert!(together * 10 >= claims.len() * 9, "{together} of {}: {claims:?}", claims.len());
+    let most = claims.iter().flatten().map(|(_, room)| *room).max().unwrap();
+    assert!(most <= BUFFER / NAMES.len() + workers, "{most}: {claims:?}");
+    let apart = apart.load(Ordering::SeqCst);
+    assert!(apart <= BUFFER / NAMES.len(), "{apart}");
 }
 
 /// What a rate holds back is taken up with the next token, not with the next poll.

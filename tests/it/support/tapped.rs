@@ -1,7 +1,7 @@
-//! A store behind which the store can be exchanged, and whose reads are counted.
+//! A store behind which the store can be exchanged, whose reads are counted and whose claims are noted down.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -16,17 +16,35 @@ use tidegate::provider::{
 use tidegate::{Error, Result};
 use tokio::sync::watch;
 
+/// The subscriptions of a claim, and how much room each had.
+pub(crate) type Claim = Vec<(Arc<str>, usize)>;
+
 /// Hands everything on to another store.
 pub(crate) struct Tapped {
     inner: RwLock<Arc<dyn Provider>>,
     reads: AtomicUsize,
     /// How many of the next reads fail.
     failures: AtomicUsize,
+    /// Whether the store says that it gains from large calls.
+    groups: AtomicBool,
+    claims: Mutex<Vec<Claim>>,
 }
 
 impl Tapped {
     pub(crate) fn new(inner: Arc<dyn Provider>) -> Arc<Self> {
-        Arc::new(Self { inner: RwLock::new(inner), reads: AtomicUsize::new(0), failures: AtomicUsize::new(0) })
+        let groups = inner.capabilities().grouping.into();
+        let (reads, failures, claims) = (AtomicUsize::new(0), AtomicUsize::new(0), Mutex::default());
+        Arc::new(Self { inner: RwLock::new(inner), reads, failures, groups, claims })
+    }
+
+    /// From now on it says that it gains from large calls.
+    pub(crate) fn group(&self) {
+        self.groups.store(true, Ordering::SeqCst);
+    }
+
+    /// What was claimed since this was last asked.
+    pub(crate) fn claims(&self) -> Vec<Claim> {
+        std::mem::take(&mut self.claims.lock().unwrap())
     }
 
     /// From now on it is another store.
@@ -52,7 +70,7 @@ impl Tapped {
 #[async_trait]
 impl Provider for Tapped {
     fn capabilities(&self) -> Capabilities {
-        self.inner().capabilities()
+        Capabilities { grouping: self.groups.load(Ordering::SeqCst), ..self.inner().capabilities() }
     }
 
     async fn append(&self, batch: Vec<Append>) -> Result<Vec<Appended>> {
@@ -64,6 +82,8 @@ impl Provider for Tapped {
     }
 
     async fn claim(&self, request: &ClaimRequest) -> Result<Claimed> {
+        let claim = request.wants.iter().map(|want| (Arc::clone(&want.subscription), want.room)).collect();
+        self.claims.lock().unwrap().push(claim);
         self.inner().claim(request).await
     }
 
