@@ -5,6 +5,7 @@
 //! again. A settlement does wait for the disk, and by then so does all that was written before it.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use super::session::{Session, Statement};
 use super::settle::End;
 use super::trouble::Step;
 use super::{Store, Turns};
-use crate::event::micros;
+use crate::event::{Event, micros};
 use crate::provider::{ClaimRequest, Claimed, Lease, LeaseKey, Lost, Want, rules};
 use crate::subscription::Ordering;
 
@@ -120,6 +121,10 @@ const RENEW: &str = concat!(
       WHERE d.seq = i.seq AND d.subscription = i.subscription AND d.token = i.token \
       RETURNING d.seq, d.subscription, d.token"
 );
+
+/// Claims of so many deliveries take turns with those of other processes: two at a time go through what the other is leasing,
+/// row by row, to find that it is not theirs.
+const MUCH: usize = 256;
 
 /// The most deliveries of a subscription that one claim makes ready or takes from those who lost them.
 const CATCH_UP: i64 = 5_000;
@@ -241,7 +246,12 @@ impl Session<'_> {
         let (mut generation, mut asks) = self.store.asks(request, &numbers);
         let mut claimed = Claimed::default();
         let mut began = Instant::now();
+        let room = request.wants.iter().map(|want| want.room).fold(0, usize::saturating_add);
+        let is_turn = room >= MUCH && self.begin_turn("claim").await?;
         let mut look = self.lease_oldest(request, &asks, &names, false, &mut claimed.leases).await?;
+        if is_turn {
+            self.commit().await?;
+        }
         if look.is_past() {
             claimed.lost = self.catch_up(&numbers, &names).await?;
             generation = self.store.forget_fronts(numbers.values().copied());
@@ -365,13 +375,16 @@ impl Session<'_> {
 fn read_leases(rows: &[PgRow], names: &Names, leases: &mut Vec<Lease>) -> sqlx::Result<()> {
     const EVENT: usize = 3;
     const WORK: usize = EVENT + EVENT_WIDTH;
+    // One event goes to many subscriptions, mostly at the same time.
+    let mut known: HashMap<i64, Arc<Event>> = HashMap::new();
     for row in rows {
-        if row.try_get::<Option<i64>, _>(EVENT)?.is_none() {
-            continue;
-        }
+        let Some(seq) = row.try_get::<Option<i64>, _>(EVENT)? else { continue };
         let (now, appended_at): (i64, i64) = (row.try_get(0)?, row.try_get(EVENT + 5)?);
         let (number, token): (i32, i64) = (row.try_get(WORK)?, row.try_get(WORK + 1)?);
-        let event = Arc::new(row::event(row, EVENT)?);
+        let event = match known.entry(seq) {
+            Entry::Occupied(known) => Arc::clone(known.get()),
+            Entry::Vacant(new) => Arc::clone(new.insert(Arc::new(row::event(row, EVENT)?))),
+        };
         let subscription = names.get(&number).map(Arc::clone).unwrap_or_default();
         leases.push(Lease {
             key: LeaseKey { seq: event.seq.unwrap_or_default(), subscription, token: token.cast_unsigned() },

@@ -29,7 +29,7 @@ const DELETE: &str = "DELETE FROM {s}.documents WHERE collection = $2 AND key = 
     AND ($4::bigint IS NULL OR revision = $4) AND (expires IS NULL OR expires > {now})";
 /// Some of what has expired, without waiting for anybody.
 const EXPIRE: &str = "DELETE FROM {s}.documents WHERE (collection, key) IN (SELECT collection, key FROM {s}.documents \
-    WHERE expires <= {now} ORDER BY expires LIMIT $2 FOR UPDATE SKIP LOCKED)";
+    WHERE expires <= (SELECT {now}) ORDER BY expires LIMIT $2 FOR UPDATE SKIP LOCKED)";
 
 /// What is not there cannot be locked: a row that has expired since ever stands for it within the transaction.
 const RESERVE: &str = "INSERT INTO {s}.documents (collection, key, value, revision, expires) \

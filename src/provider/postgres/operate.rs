@@ -51,9 +51,10 @@ const DROP: [&str; 3] = [
 const DROP_EVENTS: &str = "DELETE FROM {s}.events e USING unnest($1::bigint[]) AS i(seq) WHERE e.seq = i.seq";
 const COUNT_OFF: &str = "UPDATE {s}.head SET pruned = greatest(pruned, $1), total = total - $2";
 
-/// Finished events that were made before an instant, oldest first, after a place.
-const OLD: &str = "SELECT e.seq, e.type IS NOT NULL, e.created_at FROM {s}.events e \
-    WHERE e.created_at < {now} - $2 AND (e.created_at, e.seq) > ($3, $4) AND NOT EXISTS (SELECT 1 FROM {s}.deliveries d \
+/// Finished events that were made before an instant, oldest first, after a place. As a subquery the instant is found out once
+/// and leads the index, and is not compared with every event.
+pub(super) const OLD: &str = "SELECT e.seq, e.type IS NOT NULL, e.created_at FROM {s}.events e \
+    WHERE e.created_at < (SELECT {now} - $2) AND (e.created_at, e.seq) > ($3, $4) AND NOT EXISTS (SELECT 1 FROM {s}.deliveries d \
     WHERE d.seq = e.seq AND d.stage < 3) ORDER BY e.created_at, e.seq LIMIT $5";
 /// The oldest finished events after a place, as many as there are too many.
 const MANY: &str = "SELECT e.seq, true, 0::bigint FROM {s}.events e WHERE e.seq > $1 AND e.type IS NOT NULL AND NOT EXISTS \

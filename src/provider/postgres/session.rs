@@ -1,7 +1,7 @@
 //! One call's connection: every statement on it has a bound, and what is left half done is not used again.
 //!
 //! The order in which transactions lock rows is the same everywhere, so that none can wait for one that waits for it:
-//! the operators' advisory lock, `deliveries` by seq and subscription, `documents` by name, `progress` by seq, and
+//! the advisory lock of operators or of large claims, `deliveries` by seq and subscription, `documents` by name, `progress` by seq, and
 //! `head` last.
 //!
 //! Statements of every event are written so that the server keeps one plan for them and does not make it anew for each call,
@@ -124,6 +124,28 @@ impl Session<'_> {
         self.execute(lock).await.map(drop)
     }
 
+    /// Begins a transaction of which there is one at a time, over all processes, for this `work`. `false`, and no transaction,
+    /// when another one takes long: a process that stands still must not hold up the others.
+    pub(super) async fn begin_turn(&mut self, work: &str) -> Step<bool> {
+        let name = format!("tidegate {work} {}", self.store.schema).replace('\'', "''");
+        let begun = self
+            .begin_with(&format!(
+                "BEGIN; SET LOCAL lock_timeout = '{}ms'; SELECT pg_advisory_xact_lock(hashtextextended('{name}', 0)); \
+                 SET LOCAL lock_timeout = DEFAULT",
+                TURN.as_millis(),
+            ))
+            .await;
+        match begun {
+            Ok(()) => Ok(true),
+            Err(Trouble::Crossed(_)) => {
+                self.plain("ROLLBACK").await?;
+                self.in_transaction = false;
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     async fn begin_with(&mut self, text: &str) -> Step<()> {
         self.in_transaction = true;
         self.plain(text).await
@@ -145,6 +167,9 @@ impl Session<'_> {
         result
     }
 }
+
+/// How long another process's turn is waited for.
+const TURN: Duration = Duration::from_millis(100);
 
 /// How much longer than other statements an operator's may take.
 const OPERATING: u32 = 10;

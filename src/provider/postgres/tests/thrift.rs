@@ -92,3 +92,34 @@ async fn a_settlement_ticks_only_where_it_leaves_something_to_claim_or_to_read()
         assert_eq!(wake.has_changed().unwrap(), expected, "{told}");
     }
 }
+
+/// Two large claims at a time go through each other's, so they take turns; but a process that is stopped within its own holds
+/// up nobody.
+#[tokio::test]
+async fn large_claims_take_turns_and_none_waits_for_one_that_stands_still() {
+    let schema = Schema::new();
+    let (one, other) = (schema.provider().await, schema.provider().await);
+    one.append(appends(600)).await.unwrap();
+    let mut stopped = one.store.session().await.unwrap();
+    assert!(stopped.begin_turn("claim").await.unwrap());
+    let mut waiting = other.store.session().await.unwrap();
+    assert!(!waiting.begin_turn("claim").await.unwrap());
+    assert_eq!(claim(&other, 300).await.len(), 300);
+    stopped.commit().await.unwrap();
+    assert!(waiting.begin_turn("claim").await.unwrap());
+    waiting.commit().await.unwrap();
+    assert_eq!(claim(&one, 300).await.len(), 300);
+}
+
+/// What is young is most of a log.
+#[tokio::test]
+async fn a_prune_is_led_by_the_index_past_what_is_young() {
+    let provider = Schema::new().provider().await;
+    let mut lent = provider.store.connections.lend().await.unwrap();
+    let text = format!("EXPLAIN {}", provider.store.text(operate::OLD));
+    let explain = sqlx::query_scalar::<_, String>(sqlx::AssertSqlSafe(text));
+    let explain = explain.bind(7_i64).bind(5_i64).bind(0_i64).bind(0_i64).bind(9_i64);
+    let plan = explain.fetch_all(lent.connection().unwrap()).await.unwrap().join("\n");
+    let led = plan.lines().find(|line| line.contains("Index Cond") && line.contains("created_at <"));
+    assert!(led.is_some(), "{plan}");
+}
