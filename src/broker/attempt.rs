@@ -4,6 +4,7 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
+use std::ops::Deref;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
@@ -33,11 +34,47 @@ const MOMENT: Duration = Duration::from_secs(1);
 const TOGETHER: usize = 32;
 const SHORT: Duration = Duration::from_micros(50);
 
-/// How long a worker keeps its thread where no handler waits: half as long as a guest that computes.
-const SLICE: Duration = Duration::from_micros(500);
+/// How long a worker keeps its thread where no handler waits: as long as a guest that computes.
+const SLICE: Duration = Duration::from_millis(1);
+
+/// What the attempts of a job refer to. Workers that count references to the same thing wait for each other, so each counts its
+/// own.
+pub(super) struct Own {
+    binding: Arc<Binding>,
+    /// The subscription's.
+    name: Arc<str>,
+    me: Me,
+}
+
+/// What all attempts of a worker refer to.
+#[derive(Clone)]
+struct Me {
+    instance_id: Arc<str>,
+    kv: Arc<dyn KvRead>,
+}
+
+impl Own {
+    fn new(binding: &Arc<Binding>, me: &Me) -> Arc<Self> {
+        Arc::new(Self { binding: Arc::clone(binding), name: Arc::from(&*binding.name), me: me.clone() })
+    }
+
+    /// This process.
+    pub(super) fn worker(&self) -> &Arc<str> {
+        &self.me.instance_id
+    }
+}
+
+impl Deref for Own {
+    type Target = Binding;
+
+    fn deref(&self) -> &Binding {
+        &self.binding
+    }
+}
 
 /// Works until the lanes are closed and empty. Before the worker waits for anything, what it did is settled.
 pub(super) async fn work(shared: Arc<Shared>) {
+    let me = Me { instance_id: Arc::from(&*shared.instance_id), kv: Arc::new(Kv(Arc::clone(&shared))) };
     let mut finished: Option<Finished> = None;
     let mut ended = Vec::with_capacity(TOGETHER);
     let mut slice = Instant::now();
@@ -47,7 +84,7 @@ pub(super) async fn work(shared: Arc<Shared>) {
         let refilled = hungry && shared.refill(busy).await;
         match turn {
             Turn::Work(job) => {
-                finished = Some(attempts(&shared, job, &mut ended, &mut slice).await);
+                finished = Some(attempts(&shared, &me, job, &mut ended, &mut slice).await);
             }
             _ if !ended.is_empty() => shared.settle(&mut ended).await,
             Turn::Wait if refilled => {}
@@ -59,15 +96,16 @@ pub(super) async fn work(shared: Arc<Shared>) {
 
 /// Makes the attempts of a job: in one call where the handler takes several, else one after the other. What they came
 /// to is settled in time, and what has not begun when one of them takes long is left to others.
-async fn attempts(shared: &Arc<Shared>, job: Job, ended: &mut Vec<Ended>, slice: &mut Instant) -> Finished {
+async fn attempts(shared: &Shared, me: &Me, job: Job, ended: &mut Vec<Ended>, slice: &mut Instant) -> Finished {
     let Job { binding, mut leases, is_batch } = job;
+    let own = Own::new(&binding, me);
     if is_batch {
-        batch(shared, &binding, leases, ended, slice).await;
+        batch(shared, &own, leases, ended, slice).await;
         return Finished { binding, was_short: false };
     }
     let (mut was_short, mut watch) = (true, Watch::start());
     while let Some(lease) = leases.pop_front() {
-        attempt(shared, &binding, &mut watch, lease, &mut leases, ended).await;
+        attempt(shared, &own, &mut watch, lease, &mut leases, ended).await;
         if ended.last().is_some_and(|last| last.duration > SHORT) {
             was_short = false;
             leave(shared, &binding, &mut leases).await;
@@ -81,15 +119,15 @@ async fn attempts(shared: &Arc<Shared>, job: Job, ended: &mut Vec<Ended>, slice:
 
 /// Makes attempts in one call, or each in its own where that does not work out.
 async fn batch(
-    shared: &Arc<Shared>,
-    binding: &Arc<Binding>,
+    shared: &Shared,
+    binding: &Arc<Own>,
     leases: VecDeque<Lease>,
     ended: &mut Vec<Ended>,
     slice: &mut Instant,
 ) {
     shared.settle(ended).await;
     let mut watch = Watch::start();
-    let calls = leases.iter().map(|lease| call(shared, binding, lease)).collect();
+    let calls = leases.iter().map(|lease| call(binding, lease)).collect();
     if let Some(outcomes) = together(binding, calls).await.filter(|outcomes| outcomes.len() == leases.len()) {
         let (started_at, duration) = watch.lap();
         for (lease, outcome) in leases.into_iter().zip(outcomes) {
@@ -120,7 +158,7 @@ async fn leave(shared: &Shared, binding: &Binding, leases: &mut VecDeque<Lease>)
 /// Handlers that never wait would keep the thread for as long as there is work, and the runtime lets nobody else take
 /// over what was woken here last, be it another worker or a publisher: hence a turn for others after that many attempts, or
 /// at the end of a `slice`, which is given by its beginning.
-async fn settle_in_time(shared: &Arc<Shared>, ended: &mut Vec<Ended>, slice: &mut Instant) -> bool {
+async fn settle_in_time(shared: &Shared, ended: &mut Vec<Ended>, slice: &mut Instant) -> bool {
     let are_many = ended.len() >= TOGETHER;
     let is_time = are_many || ended.last().is_some_and(|last| last.duration > SHORT);
     if is_time {
@@ -157,7 +195,7 @@ impl Watch {
     }
 }
 
-fn call(shared: &Arc<Shared>, binding: &Binding, lease: &Lease) -> Call {
+fn call(binding: &Own, lease: &Lease) -> Call {
     Call {
         event: Arc::clone(&lease.event),
         subscription: Arc::clone(&binding.name),
@@ -165,21 +203,21 @@ fn call(shared: &Arc<Shared>, binding: &Binding, lease: &Lease) -> Call {
         max_attempts: binding.policy.max_attempts(),
         timeout: binding.timeout,
         is_replay: lease.is_replay,
-        kv: Arc::clone(shared) as Arc<dyn KvRead>,
+        kv: Arc::clone(&binding.me.kv),
     }
 }
 
 /// Makes one attempt. If it waits for something, the worker settles what it did and leaves the `rest` to others.
 async fn attempt(
-    shared: &Arc<Shared>,
-    binding: &Arc<Binding>,
+    shared: &Shared,
+    binding: &Arc<Own>,
     watch: &mut Watch,
     lease: Lease,
     rest: &mut VecDeque<Lease>,
     ended: &mut Vec<Ended>,
 ) {
     let outcome = {
-        let mut handling = pin!(AssertUnwindSafe(binding.handler.handle(call(shared, binding, &lease))).catch_unwind());
+        let mut handling = pin!(AssertUnwindSafe(binding.handler.handle(call(binding, &lease))).catch_unwind());
         // What ends at once needs no timer.
         match handling.as_mut().now_or_never() {
             Some(outcome) => outcome.unwrap_or_else(|panic| panicked(&*panic)),
@@ -239,9 +277,12 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
     format!("the handler panicked: {}", text.unwrap_or("(no message)"))
 }
 
+/// What is committed.
+struct Kv(Arc<Shared>);
+
 #[async_trait]
-impl KvRead for Shared {
+impl KvRead for Kv {
     async fn get(&self, bucket: &str, key: &str) -> Result<Option<Bytes>> {
-        Ok(self.provider.document(bucket, key).await?.map(|document| document.value))
+        Ok(self.0.provider.document(bucket, key).await?.map(|document| document.value))
     }
 }

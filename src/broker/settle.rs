@@ -17,11 +17,12 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
 use super::Shared;
+use super::attempt::Own;
 use super::lanes::Binding;
 use super::service::raised;
 use crate::delivery::{Attempt, Fault, Next, Status, Verdict};
 use crate::error::Result;
-use crate::event::{EventType, Source};
+use crate::event::{Event, EventType, Source};
 use crate::handler::{Effects, Outcome, Publish};
 use crate::metrics::TypeMetrics;
 use crate::provider::{Append, Lease, LeaseKey, Settled, Settlement};
@@ -41,7 +42,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// An attempt that has ended.
 pub(super) struct Ended {
     pub(super) lease: Lease,
-    pub(super) binding: Arc<Binding>,
+    pub(super) binding: Arc<Own>,
     pub(super) outcome: Outcome,
     pub(super) started_at: Timestamp,
     pub(super) duration: Duration,
@@ -177,7 +178,8 @@ impl Shared {
 
     fn decide(&self, ended: Ended) -> (Fate, Settlement) {
         let Ended { lease, binding, outcome, started_at, duration } = ended;
-        let next = self.next(&lease, &binding, outcome.verdict, outcome.retry_after);
+        let so_far = SoFar::of(&lease);
+        let next = self.next(&so_far, &binding, outcome.verdict, outcome.retry_after);
         let exhausted = next == Next::Fail && outcome.verdict != Verdict::Reject && lease.attempt > 1;
         let error = outcome.fault.map(|mut fault| {
             if exhausted {
@@ -190,17 +192,20 @@ impl Shared {
             verdict: outcome.verdict,
             started_at,
             duration_us: u64::try_from(duration.as_micros()).unwrap_or(u64::MAX),
-            worker: Arc::clone(&self.instance_id),
+            worker: Arc::clone(binding.worker()),
             error,
             reply: outcome.reply,
             trace: outcome.trace,
         };
-        let key = lease.key.clone();
+        let Lease { key, event, .. } = lease;
+        let token = key.token;
         let settlement = Settlement { key, next, attempt: Some(attempt), published: Vec::new(), writes: Vec::new() };
         let mut fate = Fate {
             verdict: outcome.verdict,
             next,
-            lease,
+            token,
+            event,
+            so_far,
             binding,
             duration,
             published: Vec::new(),
@@ -215,12 +220,12 @@ impl Shared {
         (fate, settlement)
     }
 
-    fn next(&self, lease: &Lease, binding: &Binding, verdict: Verdict, after: Option<Duration>) -> Next {
+    fn next(&self, so_far: &SoFar, binding: &Binding, verdict: Verdict, after: Option<Duration>) -> Next {
         binding.policy.next(&retry::Ended {
             verdict,
-            attempt: lease.attempt,
-            infra_faults: lease.infra_faults + u32::from(verdict.is_infra()),
-            age: lease.age,
+            attempt: so_far.attempt,
+            infra_faults: so_far.infra_faults + u32::from(verdict.is_infra()),
+            age: so_far.age,
             after,
             roll: if verdict == Verdict::Ok { 0.0 } else { self.jitter.roll() },
         })
@@ -245,7 +250,7 @@ impl Shared {
 
     fn appends(&self, fate: &Fate, published: Vec<Publish>) -> Result<Vec<Append>> {
         let convert = |(index, publish): (usize, Publish)| {
-            let cause = &fate.lease.event;
+            let cause = &fate.event;
             let event = publish.into_event(cause, &fate.binding.name, index, &self.instance_id);
             event.validate(self.options.max_payload)?;
             let subscriptions = self.router.matching(&event.event_type)?;
@@ -258,7 +263,7 @@ impl Shared {
         let message = format!("what the handler wrote or published cannot be applied: {reason}");
         (fate.verdict, fate.spare) = (Verdict::HostFault, None);
         fate.published.clear();
-        fate.next = self.next(&fate.lease, &fate.binding, Verdict::HostFault, None);
+        fate.next = self.next(&fate.so_far, &fate.binding, Verdict::HostFault, None);
         settlement.next = fate.next;
         settlement.published.clear();
         settlement.writes.clear();
@@ -281,7 +286,7 @@ impl Shared {
             match self.provider.settle(this).await {
                 Ok(results) => {
                     self.operations.settle.observe(began.map(|began| began.elapsed()), fates.len());
-                    self.leases.forget(fates.iter().map(|fate| fate.lease.key.token));
+                    self.leases.forget(fates.iter().map(|fate| fate.token));
                     return Some(results);
                 }
                 Err(error) => {
@@ -292,13 +297,13 @@ impl Shared {
             }
         }
         tracing::error!(count = fates.len(), "gave up settling attempts; their leases will expire");
-        self.leases.forget(fates.iter().map(|fate| fate.lease.key.token));
+        self.leases.forget(fates.iter().map(|fate| fate.token));
         None
     }
 
     /// What is known of the event's kind: that of the one before, mostly.
     fn kind<'a>(&self, last: &'a mut Option<Kind>, fate: &Fate) -> &'a Kind {
-        let event = &fate.lease.event;
+        let event = &fate.event;
         let same = last.take().filter(|last| last.source == event.source && last.event_type == event.event_type);
         last.insert(same.unwrap_or_else(|| Kind {
             source: event.source,
@@ -323,12 +328,12 @@ impl Shared {
         }
         if let Some(status) = finished {
             kind.metrics.processed(status);
-            self.waiters.tell(&fate.lease.event.id);
+            self.waiters.tell(&fate.event.id);
         }
     }
 
     fn count(&self, fate: &Fate, of_type: &TypeMetrics) {
-        let (metrics, totals, event) = (&fate.binding.metrics, &self.totals, &fate.lease.event);
+        let (metrics, totals, event) = (&fate.binding.metrics, &self.totals, &fate.event);
         metrics.attempt(fate.verdict);
         totals.processed.fetch_add(1, Ordering::Relaxed);
         of_type.duration.observe(fate.duration.as_secs_f64());
@@ -349,7 +354,7 @@ impl Shared {
     fn stale(&self, fate: &Fate) {
         self.totals.stale.fetch_add(1, Ordering::Relaxed);
         self.metrics.stale_settlements().inc();
-        let event = &fate.lease.event.id;
+        let event = &fate.event.id;
         tracing::info!(%event, subscription = %fate.binding.name, "a settlement came after its lease had gone");
     }
 }
@@ -368,8 +373,11 @@ struct Kind {
 struct Fate {
     verdict: Verdict,
     next: Next,
-    lease: Lease,
-    binding: Arc<Binding>,
+    /// Of the lease.
+    token: u64,
+    event: Arc<Event>,
+    so_far: SoFar,
+    binding: Arc<Own>,
     duration: Duration,
     /// What the success publishes.
     published: Vec<Told>,
@@ -377,6 +385,19 @@ struct Fate {
     spare: Option<Box<Settlement>>,
     /// Why the delivery becomes a dead letter, where it does.
     death: Option<String>,
+}
+
+/// What decides, besides its verdict, what comes after an attempt.
+struct SoFar {
+    attempt: u32,
+    infra_faults: u32,
+    age: Duration,
+}
+
+impl SoFar {
+    fn of(lease: &Lease) -> Self {
+        Self { attempt: lease.attempt, infra_faults: lease.infra_faults, age: lease.age }
+    }
 }
 
 /// The error of a settlement that makes a dead letter.
