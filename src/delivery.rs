@@ -306,10 +306,10 @@ impl<'de> Deserialize<'de> for Reply {
     }
 }
 
-/// What the host saw of an attempt, beyond its verdict. All empty for a native handler, and then it takes no memory: outcomes
-/// and records are moved about a lot.
+/// What the host saw of an attempt, beyond its verdict. All empty for a native handler, and then it takes no memory. Shared by
+/// the records of which it is true: most attempts of a plugin look the same, and many records are kept.
 #[derive(Debug, Clone, Default)]
-pub struct Trace(Option<Box<Seen>>);
+pub struct Trace(Option<Arc<Seen>>);
 
 impl Trace {
     /// The parts of one in which nothing was seen.
@@ -318,7 +318,7 @@ impl Trace {
 
 impl From<Seen> for Trace {
     fn from(seen: Seen) -> Self {
-        Self((seen != *Self::EMPTY).then(|| Box::new(seen)))
+        Self((seen != *Self::EMPTY).then(|| Arc::new(seen)))
     }
 }
 
@@ -332,7 +332,7 @@ impl Deref for Trace {
 
 impl DerefMut for Trace {
     fn deref_mut(&mut self) -> &mut Seen {
-        self.0.get_or_insert_default()
+        Arc::make_mut(self.0.get_or_insert_default())
     }
 }
 

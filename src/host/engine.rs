@@ -1,9 +1,12 @@
 //! The engines: how components are compiled, how much may be compiled and run at once, and the clock that ends guests.
 //!
-//! Nothing here knows what a plugin is: bytes go in, a compiled component comes out. Nearly all of them run on the
-//! first engine, whose instances come from a pool. The others are made when the first component needs them. Whether
-//! fuel is counted is decided when code is made, so that those with a budget of it have engines of their own.
+//! Nothing here knows what a plugin is: bytes go in, a compiled component comes out. Nearly all of them run on engines
+//! whose instances come from a pool: the first, and copies of it for other threads, which would wait for each other at what
+//! an engine counts. The others are made when the first component needs them. Whether fuel is counted is decided when code
+//! is made, so that those with a budget of it have engines of their own.
 
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -52,12 +55,20 @@ const PARTS_PER_ATTEMPT: u32 = 4;
 /// What a small pool has of them nevertheless: one Python guest takes some thirty.
 const FEWEST_PARTS: u32 = 256;
 
+/// The most pools there are of a kind. Each takes address space for all slots, and a copy of the code that it runs.
+const MOST_POOLS: usize = 8;
+
+/// Code that takes more than this, in bytes, is not copied: what runs so much of it takes long anyway.
+const LARGEST_COPY: usize = 16 << 20;
+
 /// What the engines are made with.
 pub(super) struct Settings {
     /// Attempts at once.
     pub(super) slots: u32,
     /// Core instances, memories and tables in the pool, of each as many.
     pub(super) parts: u32,
+    /// Pools of a kind: one for each core, so that threads seldom share one.
+    pub(super) pools: usize,
     /// The most memory that any plugin may be allowed, in bytes.
     pub(super) max_memory: usize,
     /// Where compiled code is kept.
@@ -67,7 +78,10 @@ pub(super) struct Settings {
 impl Settings {
     /// Enough for this many attempts at once.
     pub(super) fn new(slots: u32, max_memory: usize, cache: Option<Folder>) -> Self {
-        Self { slots, parts: slots.saturating_mul(PARTS_PER_ATTEMPT).max(FEWEST_PARTS), max_memory, cache }
+        let parts = slots.saturating_mul(PARTS_PER_ATTEMPT).max(FEWEST_PARTS);
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let pools = cores.min(MOST_POOLS).min(usize::try_from(slots).unwrap_or(usize::MAX)).max(1);
+        Self { slots, parts, pools, max_memory, cache }
     }
 }
 
@@ -99,7 +113,7 @@ struct Set {
     fuel: bool,
     config: Config,
     /// Instances from a pool: the fast way. `None` where its address space cannot be had.
-    pooled: OnceLock<Option<wasmtime::Engine>>,
+    pooled: Box<[OnceLock<Option<wasmtime::Engine>>]>,
     /// Instances one by one, for what does not fit into the pool or finds it full. It runs the same compiled code.
     single: OnceLock<wasmtime::Engine>,
     /// Instances one by one, with the tasks and streams of WASI 0.3, which cost every call something, used or not.
@@ -107,9 +121,16 @@ struct Set {
 }
 
 impl Set {
-    fn new(fuel: bool) -> Self {
-        let (pooled, single, concurrent) = Default::default();
+    fn new(fuel: bool, pools: usize) -> Self {
+        let (single, concurrent) = Default::default();
+        let pooled = std::iter::repeat_with(OnceLock::new).take(pools).collect();
         Self { fuel, config: config(fuel), pooled, single, concurrent }
+    }
+
+    /// Whether it is the first engine with a pool that this component runs on.
+    fn pools(&self, component: &Component) -> bool {
+        let first = self.pooled.first().and_then(OnceLock::get).and_then(Option::as_ref);
+        first.is_some_and(|engine| wasmtime::Engine::same(engine, component.engine()))
     }
 }
 
@@ -125,15 +146,15 @@ impl Engine {
     pub(super) fn new(settings: &Settings) -> Result<Self> {
         let slots = Slots::new(settings.slots);
         let engine = Self {
-            unmetered: Set::new(false),
-            metered: Set::new(true),
+            unmetered: Set::new(false, settings.pools),
+            metered: Set::new(true, settings.pools),
             pool: pool(settings),
             slots: Arc::clone(&slots),
             compiles: Arc::new(Semaphore::new(COMPILES_AT_ONCE)),
             cache: settings.cache.as_ref().map_or(Ok(None), Cache::open)?,
             ticker: tick(&slots)?,
         };
-        if engine.pooled(&engine.unmetered).is_none() {
+        if engine.pooled(&engine.unmetered, 0).is_none() {
             engine.single(&engine.unmetered).map_err(|error| unusable(format!("cannot be started: {error:#}")))?;
         }
         Ok(engine)
@@ -171,6 +192,38 @@ impl Engine {
         self.blocking(move |engine| cache::copy(&component, &engine.single(engine.set(fuel))?)).await
     }
 
+    /// Which of the pools the present thread takes its instances from: threads take them in turn.
+    pub(super) fn place(&self) -> usize {
+        static THREADS: AtomicUsize = AtomicUsize::new(0);
+        thread_local!(static THREAD: usize = THREADS.fetch_add(1, Ordering::Relaxed));
+        THREAD.with(|thread| thread.checked_rem(self.unmetered.pooled.len())).unwrap_or_default()
+    }
+
+    /// How many pools besides the first are for this component.
+    pub(super) fn more_places(&self, component: &Component) -> usize {
+        let code = component.image_range();
+        let is_small = code.end.addr().saturating_sub(code.start.addr()) <= LARGEST_COPY;
+        let is_pooled = self.unmetered.pools(component) || self.metered.pools(component);
+        if is_small && is_pooled { self.unmetered.pooled.len().saturating_sub(1) } else { 0 }
+    }
+
+    /// The same compiled code for instances of another pool.
+    ///
+    /// # Errors
+    /// When the pool cannot be had, or has no room for the component.
+    pub(super) async fn at(
+        self: &Arc<Self>,
+        place: usize,
+        component: &Component,
+        fuel: bool,
+    ) -> wasmtime::Result<Component> {
+        let component = component.clone();
+        let missing = || wasmtime::Error::msg("there is no address space for it");
+        let copied =
+            move |engine: &Self| cache::copy(&component, engine.pooled(engine.set(fuel), place).ok_or_else(missing)?);
+        self.blocking(copied).await
+    }
+
     /// Runs `work` where blocking is no harm, with as much of it at once as the machine can bear.
     async fn blocking(
         self: &Arc<Self>,
@@ -190,7 +243,7 @@ impl Engine {
         if !needs.tasks {
             // What neither of the two takes, because it is too large for the pool or uses what they do not know, fails
             // there before any code is made, mostly.
-            if let Some(Ok(component)) = self.pooled(set).map(|engine| self.compile_for(engine, digest, bytes)) {
+            if let Some(Ok(component)) = self.pooled(set, 0).map(|engine| self.compile_for(engine, digest, bytes)) {
                 return Ok(component);
             }
             if let Ok(component) = self.compile_for(&self.single(set)?, digest, bytes) {
@@ -218,17 +271,22 @@ impl Engine {
         }
     }
 
-    fn pooled<'a>(&self, set: &'a Set) -> Option<&'a wasmtime::Engine> {
+    fn pooled<'a>(&self, set: &'a Set, place: usize) -> Option<&'a wasmtime::Engine> {
         let make = || {
             let mut config = set.config.clone();
             config.allocation_strategy(InstanceAllocationStrategy::Pooling(self.pool.clone()));
             let pooled = wasmtime::Engine::new(&config).inspect_err(|error| {
                 let (fuel, error) = (set.fuel, format!("{error:#}"));
-                tracing::warn!(fuel, error, "no pool for these instances, each is allocated by itself");
+                tracing::warn!(
+                    fuel,
+                    place,
+                    error,
+                    "no pool for instances: without the first, each is allocated by itself"
+                );
             });
             pooled.inspect(|engine| self.keep_time_of(engine)).ok()
         };
-        set.pooled.get_or_init(make).as_ref()
+        set.pooled.get(place)?.get_or_init(make).as_ref()
     }
 
     fn single(&self, set: &Set) -> wasmtime::Result<wasmtime::Engine> {

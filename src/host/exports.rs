@@ -1,17 +1,20 @@
 //! What the host calls of a component: the handler, and the exports that a component may have besides.
 //!
-//! They are looked for once, when a component is linked, and bound in an instance when they are called.
+//! They are looked for once, when a component is linked, and bound in an instance when they are called. Whether they have
+//! the types that we call is a matter of the component, and checked in its first instance only.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use smallvec::SmallVec;
 use wasmtime::Store;
-use wasmtime::component::{Instance, InstancePre};
+use wasmtime::component::{
+    ComponentExportIndex, ComponentNamedList, Func, Instance, InstancePre, Lift, Lower, TypedFunc,
+};
 use wasmtime::error::Context as _;
 
 use super::bindings::exports::tidegate::plugin::{batch_handler, handler, lifecycle};
-use super::bindings::tidegate::plugin::types::{Failure, Fault, Reply};
-use super::bindings::{BATCH_HANDLER, LIFECYCLE};
+use super::bindings::tidegate::plugin::types::{self, Failure, Fault, Reply};
+use super::bindings::{BATCH_HANDLER, HANDLER, LIFECYCLE, VERSION};
 use super::component::Interface;
 use super::convert;
 use super::grants::has_export;
@@ -36,19 +39,75 @@ pub(super) enum Export {
 }
 
 /// Where the exports of a component are.
-#[derive(Clone)]
 pub(super) struct Exports {
-    handler: handler::GuestIndices,
-    batch: Option<batch_handler::GuestIndices>,
+    handler: Entry<handler::GuestIndices>,
+    batch: Option<Entry<batch_handler::GuestIndices>>,
     lifecycle: Option<lifecycle::GuestIndices>,
+}
+
+/// Where an export is that is called for events.
+struct Entry<I> {
+    /// Those that check types.
+    indices: I,
+    function: ComponentExportIndex,
+    /// Filled once the function was found to be of the type that we call.
+    checked: OnceLock<()>,
 }
 
 /// An instance, and those of its exports that were called.
 pub(super) struct Bound {
     instance: Instance,
-    handler: Option<handler::Guest>,
-    batch: Option<batch_handler::Guest>,
+    handler: Option<Handle>,
+    batch: Option<HandleBatch>,
     lifecycle: Option<lifecycle::Guest>,
+}
+
+/// A function that was found to be the handler of single events.
+#[derive(Clone, Copy)]
+struct Handle(Func);
+
+/// A function that was found to be the handler of batches.
+#[derive(Clone, Copy)]
+struct HandleBatch(Func);
+
+impl<I> Entry<I> {
+    fn find(pre: &InstancePre<State>, indices: I, interface: &str, function: &str) -> wasmtime::Result<Self> {
+        let component = pre.component();
+        let interface = component.get_export_index(None, format!("{interface}@{VERSION}").as_str());
+        let function = interface.and_then(|interface| component.get_export_index(Some(&interface), function));
+        let function = function.ok_or_else(|| wasmtime::Error::msg("an export that was found is not there"))?;
+        Ok(Self { indices, function, checked: OnceLock::new() })
+    }
+
+    /// The function in an instance; the first time it is `check`ed.
+    fn bind(
+        &self,
+        store: &mut Store<State>,
+        instance: &Instance,
+        check: impl FnOnce(&I, &mut Store<State>) -> wasmtime::Result<()>,
+    ) -> wasmtime::Result<Option<Func>> {
+        if self.checked.get().is_none() {
+            check(&self.indices, store)?;
+            self.checked.get_or_init(|| ());
+        }
+        Ok(instance.get_func(store, self.function))
+    }
+}
+
+/// Calls a function with a value that it takes, for one that it returns.
+///
+/// # Safety
+/// The function must be of this type: that is not checked again.
+#[expect(unsafe_code, reason = "the types of a function are checked in the first instance of a component, not in each")]
+async unsafe fn call<P, R>(function: Func, store: &mut Store<State>, value: P) -> wasmtime::Result<R>
+where
+    (P,): ComponentNamedList + Lower + Send + Sync,
+    (R,): ComponentNamedList + Lift + Send + Sync + 'static,
+{
+    // SAFETY: as for this function.
+    let function = unsafe { TypedFunc::<(P,), (R,)>::new_unchecked(function) };
+    let (answer,) = function.call_async(store, (value,)).await?;
+    Ok(answer)
 }
 
 impl Exports {
@@ -70,9 +129,10 @@ impl Exports {
     }
 
     fn of(pre: &InstancePre<State>, has_batch: bool, has_lifecycle: bool) -> wasmtime::Result<Self> {
+        let batch = || Entry::find(pre, batch_handler::GuestIndices::new(pre)?, BATCH_HANDLER, "handle-batch");
         Ok(Self {
-            handler: handler::GuestIndices::new(pre)?,
-            batch: has_batch.then(|| batch_handler::GuestIndices::new(pre)).transpose()?,
+            handler: Entry::find(pre, handler::GuestIndices::new(pre)?, HANDLER, "handle")?,
+            batch: has_batch.then(batch).transpose()?,
             lifecycle: has_lifecycle.then(|| lifecycle::GuestIndices::new(pre)).transpose()?,
         })
     }
@@ -85,13 +145,17 @@ impl Exports {
         let Bound { instance, handler, batch, lifecycle } = bound;
         let needs = |one| export == one || export == Export::SelfCheck;
         if handler.is_none() && needs(Export::Handle) {
-            *handler = Some(self.handler.load(&mut *store, instance)?);
+            let check = |indices: &handler::GuestIndices, store: &mut _| indices.load(store, instance).map(drop);
+            *handler = self.handler.bind(store, instance, check)?.map(Handle);
         }
-        if let Some(indices) = &self.batch
+        if let Some(entry) = &self.batch
             && batch.is_none()
             && needs(Export::HandleBatch)
         {
-            *batch = Some(indices.load(&mut *store, instance).context(BATCH_HANDLER)?);
+            let check = |indices: &batch_handler::GuestIndices, store: &mut _| {
+                indices.load(store, instance).map(drop).context(BATCH_HANDLER)
+            };
+            *batch = entry.bind(store, instance, check)?.map(HandleBatch);
         }
         if let Some(indices) = &self.lifecycle
             && lifecycle.is_none()
@@ -119,7 +183,7 @@ impl Bound {
         store: &mut Store<State>,
         events: &[Arc<Event>],
     ) -> wasmtime::Result<Answers> {
-        match (export, events, &self.handler, &self.batch) {
+        match (export, events, self.handler, self.batch) {
             (Export::Handle, [event], Some(handler), _) => {
                 Ok(Answers::from_buf([handle(handler, store, event).await?]))
             }
@@ -136,14 +200,17 @@ impl Bound {
     }
 }
 
-async fn handle(handler: &handler::Guest, store: &mut Store<State>, event: &Event) -> wasmtime::Result<Answer> {
+#[expect(unsafe_code, reason = "see `call`")]
+async fn handle(handler: Handle, store: &mut Store<State>, event: &Event) -> wasmtime::Result<Answer> {
     let spelled_out = convert::spelled_out(event);
     let attributes = convert::attributes(event, &spelled_out);
-    handler.call_handle(store, convert::guest_event(event, &attributes)).await
+    // SAFETY: the generated bindings found that it takes an event and gives an answer.
+    unsafe { call(handler.0, store, convert::guest_event(event, &attributes)) }.await
 }
 
+#[expect(unsafe_code, reason = "see `call`")]
 async fn handle_batch(
-    batch: &batch_handler::Guest,
+    batch: HandleBatch,
     store: &mut Store<State>,
     events: &[Arc<Event>],
 ) -> wasmtime::Result<Vec<Answer>> {
@@ -152,5 +219,6 @@ async fn handle_batch(
         events.iter().zip(&spelled_out).map(|(event, spelled_out)| convert::attributes(event, spelled_out)).collect();
     let events: Vec<_> =
         events.iter().zip(&attributes).map(|(event, attributes)| convert::guest_event(event, attributes)).collect();
-    batch.call_handle_batch(store, &events).await
+    // SAFETY: the generated bindings found that it takes a list of events and gives a list of answers.
+    unsafe { call::<&[types::Event<'_>], _>(batch.0, store, &events) }.await
 }

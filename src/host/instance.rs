@@ -5,7 +5,8 @@
 //! twice: the epoch interrupts a guest that computes, and a timer ends one that waits in a host call.
 
 use std::pin::{Pin, pin};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -13,7 +14,7 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use smallvec::SmallVec;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit};
-use wasmtime::component::InstancePre;
+use wasmtime::component::{Component, InstancePre};
 use wasmtime::{PoolConcurrencyLimitError, Store, Trap, UpdateDeadline, WasmBacktrace};
 use wasmtime_wasi::I32Exit;
 
@@ -24,7 +25,7 @@ use super::exports::{Answers, Bound, Export, Exports};
 use super::imports::{State, Stop, Terms, link};
 use super::limits::{Limits, bytes};
 use super::slots::{Idle, Slots};
-use crate::delivery::{Fault, Seen, Verdict};
+use crate::delivery::{Fault, LogLine, Seen, Trace, Verdict};
 use crate::error::Result;
 use crate::event::{Event, EventType, Payload, Source};
 use crate::handler::{Call, Effects, KvRead, Outcome};
@@ -38,14 +39,45 @@ const SELF_CHECK: Duration = Duration::from_secs(5);
 /// The share of an instance's memory that the payloads of a batch may take: they are copied into it, and parsed.
 const PAYLOAD_SHARE: usize = 4;
 
+/// The memory of an instance that held more than this, in bytes, is given back elsewhere: it takes milliseconds, in which the
+/// thread can do nothing else.
+const LARGE: usize = 4 << 20;
+
+/// After so many calls by threads that have another pool, the component is made ready there.
+const OFTEN: u32 = 1_000;
+
 /// A linked component with the terms that it runs under.
 pub(super) struct Prepared {
     pub(super) terms: Arc<Terms>,
-    linked: Linked,
+    sites: Arc<Sites>,
     /// The same for instances that found the pool full.
-    outside: OnceCell<Linked>,
+    outside: OnceCell<Arc<Site>>,
     /// The instances that wait for another event, where they are used again.
     idle: Option<Arc<Idle<Instance>>>,
+}
+
+/// A linked component on the engines with a pool that it was called on.
+struct Sites {
+    first: Arc<Site>,
+    /// In the order of the places after the first.
+    others: Box<[Other]>,
+}
+
+/// A place where the component may be made ready.
+#[derive(Default)]
+struct Other {
+    site: OnceLock<Arc<Site>>,
+    /// How often it was missing.
+    calls: AtomicU32,
+}
+
+/// A linked component on one engine, and what all its calls there share. Threads that count references to the same thing wait
+/// for each other, so each engine's calls have copies of their own.
+struct Site {
+    linked: Linked,
+    terms: Arc<Terms>,
+    /// What is seen of most attempts.
+    usual: OnceLock<Trace>,
 }
 
 /// A component of which instances can be made.
@@ -68,6 +100,7 @@ type Outcomes = SmallVec<[Outcome; 1]>;
 /// An instance, its store and the slot that it takes.
 struct Instance {
     store: Store<State>,
+    site: Arc<Site>,
     /// `None` until it is instantiated, which happens within the first call's limits.
     bound: Option<Bound>,
     /// The events that it has served.
@@ -92,14 +125,19 @@ impl Prepared {
     /// A component whose instances are used as the terms say.
     pub(super) fn new(engine: &Engine, linked: Linked, terms: Terms) -> Self {
         let idle = (terms.reuse > 1).then(|| Idle::new(engine.slots()));
-        Self { terms: Arc::new(terms), linked, outside: OnceCell::new(), idle }
+        let others = engine.more_places(linked.pre.component());
+        let others = std::iter::repeat_with(Other::default).take(others).collect();
+        let terms = Arc::new(terms);
+        let first = Arc::new(Site { linked, terms: Arc::new(Terms::clone(&terms)), usual: OnceLock::new() });
+        Self { terms, sites: Arc::new(Sites { first, others }), outside: OnceCell::new(), idle }
     }
 
-    /// Makes one attempt, within the shorter of the call's timeout and the plugin's own.
-    pub(super) async fn attempt(&self, engine: &Arc<Engine>, call: Call) -> Outcome {
+    /// Makes one attempt, which began just now, within the shorter of the call's timeout and the plugin's own.
+    pub(super) async fn attempt(&self, engine: &Arc<Engine>, call: Call, began: Instant) -> Outcome {
         let allowed = call.timeout.min(self.terms.limits.timeout);
         let events = [Arc::clone(&call.event)];
-        let ended = self.within(engine, Export::Handle, &events, [call], allowed).await;
+        let time = Allowed { began, allowed };
+        let ended = self.within(engine, Export::Handle, &events, [call], time).await;
         ended.map_or_else(|outcome| *outcome, only)
     }
 
@@ -107,11 +145,24 @@ impl Prepared {
     ///
     /// # Errors
     /// How the call of the guest ended, when it ended without a verdict for each event.
-    pub(super) async fn batch(&self, engine: &Arc<Engine>, calls: Vec<Call>) -> Result<Vec<Outcome>, Box<Outcome>> {
+    pub(super) async fn batch(
+        &self,
+        engine: &Arc<Engine>,
+        calls: Vec<Call>,
+        began: Instant,
+    ) -> Result<Vec<Outcome>, Box<Outcome>> {
         let timeouts = calls.iter().map(|call| call.timeout);
         let allowed = timeouts.fold(self.terms.limits.timeout, Duration::min);
         let events: Vec<Arc<Event>> = calls.iter().map(|call| Arc::clone(&call.event)).collect();
-        self.within(engine, Export::HandleBatch, &events, calls, allowed).await.map(SmallVec::into_vec)
+        let time = Allowed { began, allowed };
+        self.within(engine, Export::HandleBatch, &events, calls, time).await.map(SmallVec::into_vec)
+    }
+
+    /// Where the component is ready, by place.
+    #[cfg(test)]
+    pub(super) fn ready(&self) -> Vec<bool> {
+        let others = self.sites.others.iter().map(|other| other.site.get().is_some());
+        std::iter::once(true).chain(others).collect()
     }
 
     /// Whether a batch may be tried: no more events than agreed, and payloads that leave the guest room to work.
@@ -134,7 +185,7 @@ impl Prepared {
         // It may publish nothing, and what it writes is dropped with its outcome.
         let limits = Limits { published_events: 0, ..self.terms.limits.clone() };
         let terms = Arc::new(Terms { limits, ..Terms::clone(&self.terms) });
-        let mut instance = Instance::new(&self.linked, &terms, slot);
+        let mut instance = Instance::new(&self.sites.first, &terms, slot);
         let call = introduction(&terms.name, allowed).map_err(|error| failed(&error))?;
         instance.begin([call], Instant::now().checked_add(allowed), self.fuel(1));
         match self.run(engine, &mut instance, Export::SelfCheck, &[]).await {
@@ -179,13 +230,16 @@ impl Prepared {
         export: Export,
         events: &[Arc<Event>],
         calls: impl IntoIterator<Item = Call>,
-        allowed: Duration,
+        Allowed { began, allowed }: Allowed,
     ) -> Result<Outcomes, Box<Outcome>> {
-        let deadline = Instant::now().checked_add(allowed);
+        let deadline = began.checked_add(allowed);
         let mut instance = match self.idle.as_ref().and_then(|idle| idle.take()) {
             Some(instance) => instance,
             None => match slot(engine.slots(), allowed).await {
-                Some(slot) => Instance::new(&self.linked, &self.terms, slot),
+                Some(slot) => {
+                    let site = self.site(engine);
+                    Instance::new(site, &site.terms, slot)
+                }
                 None => return Err(Box::new(self.busy(allowed))),
             },
         };
@@ -199,6 +253,8 @@ impl Prepared {
             && instance.served < self.terms.reuse
         {
             idle.put(instance);
+        } else if instance.store.data().meter.peak_memory() > LARGE {
+            tokio::task::spawn_blocking(move || drop(instance));
         }
         ended
     }
@@ -207,7 +263,7 @@ impl Prepared {
     async fn run(&self, engine: &Arc<Engine>, instance: &mut Instance, export: Export, events: &[Arc<Event>]) -> End {
         let deadline = instance.store.data().deadline();
         instance.served = instance.served.saturating_add(u32::try_from(events.len()).unwrap_or(u32::MAX));
-        let end = until(deadline, pin!(call_in(&self.linked, instance, export, events))).await;
+        let end = until(deadline, pin!(call_in(instance, export, events))).await;
         if !is_pool_full(&end) {
             return end;
         }
@@ -225,20 +281,32 @@ impl Prepared {
         let outside = self.outside_the_pool(engine).await?;
         instance.move_to(outside, self.fuel(events.len()));
         let deadline = instance.store.data().deadline();
-        Some(until(deadline, pin!(call_in(outside, instance, export, events))).await)
+        Some(until(deadline, pin!(call_in(instance, export, events))).await)
     }
 
     /// What runs on an engine without a pool, made at the first need of it.
-    async fn outside_the_pool(&self, engine: &Arc<Engine>) -> Option<&Linked> {
-        let make = async || -> wasmtime::Result<Linked> {
+    async fn outside_the_pool(&self, engine: &Arc<Engine>) -> Option<&Arc<Site>> {
+        let make = async || {
             tracing::info!(plugin = %self.terms.name, "the pool is full, instances are allocated beside it");
-            let component =
-                engine.outside_the_pool(self.linked.pre.component(), self.terms.limits.fuel.is_some()).await?;
-            let pre = link(&component, &self.terms.powers)?;
-            Ok(Linked { exports: self.linked.exports.again(&pre)?, pre })
+            let first = &self.sites.first;
+            first.again(&engine.outside_the_pool(first.component(), first.has_fuel()).await?)
         };
         let made = self.outside.get_or_try_init(make).await;
         made.inspect_err(|error| tracing::error!(error = format!("{error:#}"), "no instance beside the pool")).ok()
+    }
+
+    /// Where the present thread makes its instances: on an engine that it shares with as few as possible.
+    fn site(&self, engine: &Arc<Engine>) -> &Arc<Site> {
+        let Sites { first, others } = &*self.sites;
+        let place = engine.place();
+        let Some(other) = place.checked_sub(1).and_then(|at| others.get(at)) else { return first };
+        if let Some(site) = other.site.get() {
+            return site;
+        }
+        if other.calls.fetch_add(1, Ordering::Relaxed) == OFTEN {
+            tokio::spawn(Arc::clone(&self.sites).spread(Arc::clone(engine), place));
+        }
+        first
     }
 
     fn busy(&self, allowed: Duration) -> Outcome {
@@ -264,18 +332,16 @@ impl Prepared {
         count: usize,
         allowed: Duration,
     ) -> Result<Outcomes, Box<Outcome>> {
-        let left = || instance.store.get_fuel().unwrap_or_default();
+        let Instance { store, site, .. } = instance;
+        let left = || store.get_fuel().unwrap_or_default();
         let used = self.fuel(count).map(|fuel| fuel.saturating_sub(left()));
         let shares = u64::try_from(count.max(1)).unwrap_or(u64::MAX);
-        let state = instance.store.data_mut();
+        let state = store.data_mut();
         let (refused, is_crowded) = (state.meter.has_refused(), state.is_crowded());
         let called_too_often = state.called_too_often();
         let (fuel, peak_memory) =
             (used.and_then(|used| used.checked_div(shares)), u64::try_from(state.meter.peak_memory()).ok());
-        let seen = |log, backtrace| {
-            let digest = Some(Arc::clone(&self.terms.digest));
-            Seen { digest, fuel, peak_memory, log, backtrace }.into()
-        };
+        let seen = |log, backtrace| site.seen(fuel, peak_memory, log, backtrace);
         let backtrace = match &end {
             End::NotBegun(error) | End::Stopped(error) => frames(error),
             End::Returned(_) | End::Waiting => Vec::new(),
@@ -360,10 +426,67 @@ impl Prepared {
     }
 }
 
+/// When a call began, and how long it may take.
+#[derive(Clone, Copy)]
+struct Allowed {
+    began: Instant,
+    allowed: Duration,
+}
+
+impl Sites {
+    /// Makes the component ready at another place.
+    async fn spread(self: Arc<Self>, engine: Arc<Engine>, place: usize) {
+        let Self { first, others } = &*self;
+        let made = async { first.again(&engine.at(place, first.component(), first.has_fuel()).await?) };
+        match (made.await, place.checked_sub(1).and_then(|at| others.get(at))) {
+            (Ok(site), Some(other)) => {
+                other.site.get_or_init(|| site);
+            }
+            (Err(error), _) => {
+                let (plugin, error) = (&first.terms.name, format!("{error:#}"));
+                tracing::info!(%plugin, place, error, "no copy of the plugin for other threads, which share one");
+            }
+            (Ok(_), None) => {}
+        }
+    }
+}
+
+impl Site {
+    fn component(&self) -> &Component {
+        self.linked.pre.component()
+    }
+
+    fn has_fuel(&self) -> bool {
+        self.terms.limits.fuel.is_some()
+    }
+
+    /// The same on the engine of this copy of the component.
+    fn again(&self, component: &Component) -> wasmtime::Result<Arc<Self>> {
+        let pre = link(component, &self.terms.powers)?;
+        let linked = Linked { exports: self.linked.exports.again(&pre)?, pre };
+        Ok(Arc::new(Self { linked, terms: Arc::new(Terms::clone(&self.terms)), usual: OnceLock::new() }))
+    }
+
+    /// What was seen of an attempt.
+    fn seen(&self, fuel: Option<u64>, peak_memory: Option<u64>, log: Vec<LogLine>, backtrace: Vec<String>) -> Trace {
+        let made = |log, backtrace| {
+            let digest = Some(Arc::clone(&self.terms.digest));
+            Trace::from(Seen { digest, fuel, peak_memory, log, backtrace })
+        };
+        if !log.is_empty() || !backtrace.is_empty() {
+            return made(log, backtrace);
+        }
+        let plain = || made(Vec::new(), Vec::new());
+        let usual = self.usual.get_or_init(plain);
+        if (usual.fuel, usual.peak_memory) == (fuel, peak_memory) { usual.clone() } else { plain() }
+    }
+}
+
 impl Instance {
     /// An instance to be, with all limits but those of a call.
-    fn new(linked: &Linked, terms: &Arc<Terms>, slot: OwnedSemaphorePermit) -> Self {
-        Self { store: store(linked, State::new(terms)), bound: None, served: 0, _slot: slot }
+    fn new(site: &Arc<Site>, terms: &Arc<Terms>, slot: OwnedSemaphorePermit) -> Self {
+        let store = store(&site.linked, State::new(terms));
+        Self { store, site: Arc::clone(site), bound: None, served: 0, _slot: slot }
     }
 
     /// Begins one attempt for each call, with all limits armed.
@@ -373,8 +496,9 @@ impl Instance {
     }
 
     /// Begins the same attempts again, where an instance can be made.
-    fn move_to(&mut self, linked: &Linked, fuel: Option<u64>) {
-        self.store = store(linked, self.store.data_mut().again());
+    fn move_to(&mut self, site: &Arc<Site>, fuel: Option<u64>) {
+        self.store = store(&site.linked, self.store.data_mut().again());
+        self.site = Arc::clone(site);
         self.arm(fuel);
     }
 
@@ -412,8 +536,9 @@ fn store(linked: &Linked, state: State) -> Store<State> {
 }
 
 /// Calls an export of an instance, which is made first where it is not there yet.
-async fn call_in(linked: &Linked, instance: &mut Instance, export: Export, events: &[Arc<Event>]) -> End {
-    let Instance { store, bound, .. } = instance;
+async fn call_in(instance: &mut Instance, export: Export, events: &[Arc<Event>]) -> End {
+    let Instance { store, site, bound, .. } = instance;
+    let linked = &site.linked;
     let bound = match bound {
         Some(bound) => bound,
         None => match linked.pre.instantiate_async(&mut *store).await {

@@ -307,7 +307,8 @@ fn file_name(origin: &str) -> String {
 #[async_trait]
 impl Handler for Slot {
     async fn handle(&self, call: Call) -> Outcome {
-        match self.active.load_full() {
+        // Borrowed, and not counted: threads that count in one place wait for each other.
+        match &*self.active.load() {
             Some(plugin) => plugin.attempt(call).await,
             None => {
                 let words =
@@ -376,7 +377,7 @@ impl Plugin {
 
     async fn attempt(&self, call: Call) -> Outcome {
         let began = Instant::now();
-        let outcome = self.prepared.attempt(&self.engine, call).await;
+        let outcome = self.prepared.attempt(&self.engine, call, began).await;
         self.count(std::slice::from_ref(&outcome), began.elapsed());
         outcome
     }
@@ -386,7 +387,7 @@ impl Plugin {
             return None;
         }
         let (events, began) = (calls.len(), Instant::now());
-        match self.prepared.batch(&self.engine, calls).await {
+        match self.prepared.batch(&self.engine, calls, began).await {
             Ok(outcomes) => {
                 self.count(&outcomes, began.elapsed());
                 Some(outcomes)

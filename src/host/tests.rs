@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -661,10 +661,74 @@ async fn an_attempt_that_finds_the_pool_full_runs_beside_it() {
         let loaded = load(&engine, &options(), digest.into(), guest.into()).await;
         let loaded = loaded.map_err(|refused| refused.reason).unwrap();
         for _ in 0..3 {
-            let outcome = loaded.prepared.attempt(&engine, call("null")).await;
+            let outcome = loaded.prepared.attempt(&engine, call("null"), Instant::now()).await;
             assert_eq!((outcome.verdict, outcome.trace.log.len()), (Verdict::Ok, 1), "{outcome:?}");
             assert_eq!(outcome.trace.fuel.is_some(), !limits.is_empty(), "{outcome:?}");
         }
+    }
+}
+
+/// Runs `work` on a thread whose calls take their instances from this pool.
+fn on_a_thread_at(engine: &Arc<Engine>, place: usize, work: impl AsyncFn() + Sync) {
+    let run = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let is_there = engine.place() == place;
+        if is_there {
+            runtime.block_on(work());
+        }
+        is_there
+    };
+    // Threads take places in turn, and other tests have threads too.
+    let found = (0..1_000).any(|_| std::thread::scope(|scope| scope.spawn(run).join().unwrap()));
+    assert!(found, "no thread came to place {place}");
+}
+
+/// What threads would count together they count apart, and every limit holds on every engine.
+#[test]
+fn a_thread_that_calls_often_comes_to_have_a_copy_of_the_plugin_with_the_same_limits() {
+    const ENDS: [(&str, Verdict); 4] =
+        [("1", Verdict::Ok), ("12", Verdict::Trap), ("123", Verdict::OutOfMemory), ("1234", Verdict::Timeout)];
+    let when = |length: u32, then: &str| format!("(if (i32.eq (local.get 11) (i32.const {length})) (then {then}))");
+    let grow = "(loop $more (br_if $more (i32.ne (memory.grow (i32.const 1)) (i32.const -1)))) unreachable";
+    let guest = [when(2, "unreachable"), when(3, grow), when(4, "(loop $again (br $again))")].concat();
+    let guest = wasi_guest(&guest);
+    for (digest, fuel) in [("sha256:01", ""), ("sha256:02", "fuel = 1000000000000\n")] {
+        let engine = engine(&Settings { pools: 3, ..Settings::new(4, 64 << 20, None) });
+        let manifest = format!("{MANIFEST}[limits]\nmemory = \"8MiB\"\ntimeout = \"50ms\"\n{fuel}");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let bytes = embed_manifest(&guest, &manifest).unwrap().into();
+        let loaded = runtime.block_on(load(&engine, &options(), digest.into(), bytes));
+        let prepared = loaded.map_err(|refused| refused.reason).unwrap().prepared;
+        let attempt = async |payload| prepared.attempt(&engine, call(payload), Instant::now()).await;
+        let ends = async || {
+            for (payload, verdict) in ENDS {
+                let outcome = attempt(payload).await;
+                assert_eq!(outcome.verdict, verdict, "{outcome:?}");
+                assert_eq!(outcome.trace.digest.as_deref(), Some(digest));
+                assert_eq!(outcome.trace.fuel.is_some(), !fuel.is_empty(), "{outcome:?}");
+            }
+        };
+        assert_eq!(prepared.ready(), [true, false, false]);
+        on_a_thread_at(&engine, 0, async || {
+            for _ in 0..1_100 {
+                assert_eq!(attempt("1").await.verdict, Verdict::Ok);
+            }
+        });
+        assert_eq!(prepared.ready(), [true, false, false]);
+        for place in [2, 1] {
+            on_a_thread_at(&engine, place, async || {
+                ends().await;
+                for _ in 0..100_000 {
+                    assert_eq!(attempt("1").await.verdict, Verdict::Ok);
+                    tokio::task::yield_now().await;
+                    if prepared.ready()[place] {
+                        return ends().await;
+                    }
+                }
+                panic!("no copy at {place}");
+            });
+        }
+        assert_eq!(prepared.ready(), [true, true, true]);
     }
 }
 

@@ -188,6 +188,23 @@ async fn a_memory_hog_ends_out_of_memory_and_leaves_nothing_behind() {
     assert_eq!(attempt(&handler, json!({"fault": "memory", "mib": 4})).await.verdict, Verdict::Ok);
 }
 
+/// Attempts that look the same share what was seen of them, and no others do.
+#[tokio::test]
+async fn what_was_seen_of_an_attempt_is_never_that_of_another() {
+    for (manifest, is_metered) in [("", false), (METERED, true)] {
+        let host = host();
+        let handler = loaded(&host, manifest).await;
+        let seen = async |payload: Value| attempt(&handler, payload).await.trace;
+        let plain = seen(json!({"fault": "none"})).await;
+        let loud = seen(json!({"fault": "log", "lines": 2})).await;
+        let large = seen(json!({"fault": "memory", "mib": 4})).await;
+        assert_eq!((plain.log.len(), loud.log.len(), large.log.len()), (0, 2, 0));
+        assert!(large.peak_memory > plain.peak_memory, "{large:?} {plain:?}");
+        assert_eq!((large.fuel > plain.fuel, plain.fuel.is_some()), (is_metered, is_metered), "{large:?} {plain:?}");
+        assert_eq!(seen(json!({"fault": "none"})).await, plain);
+    }
+}
+
 #[tokio::test]
 async fn every_event_gets_a_fresh_instance() {
     let host = host();
