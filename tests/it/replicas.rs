@@ -89,6 +89,7 @@ impl<'a> Replicas<'a> {
         let quiet = Instant::now();
         let details = orders::settled(&self.servers[0]).await;
         let took = quiet.elapsed();
+        orders::quiet(&self.servers[1]).await;
         let log = self.servers[1].all_events().await;
         let broken = self.history.violations(&log, &details);
         assert!(broken.is_empty(), "{} violations:\n{}", broken.len(), broken.join("\n"));

@@ -3,6 +3,8 @@
 //! The pool asks the server about every connection that comes back to it: a round trip more for every call. One whose call
 //! ended in order needs no such question. It is kept here for the next call, the last one used first, so that few
 //! connections do most of the work and have their statements ready. The pool makes new ones, and bounds how many there are.
+//!
+//! A server that restarts breaks all of them: when one call breaks off, the others are tried before they are used.
 
 use std::time::Duration;
 
@@ -28,6 +30,8 @@ pub(super) struct Connections {
     /// One for each connection that the pool may have.
     permits: Semaphore,
     idle: Mutex<Vec<Idle>>,
+    /// When a call last broke off: what lies idle since before then may be broken as well.
+    broke: Mutex<Option<Instant>>,
     /// How long a call waits for a connection.
     patience: Duration,
 }
@@ -50,7 +54,7 @@ pub(super) struct Lent<'a> {
 impl Connections {
     pub(super) fn new(pool: PgPool, most: u32, patience: Duration) -> Self {
         let permits = Semaphore::new(usize::try_from(most).unwrap_or(1));
-        Self { pool, permits, idle: Mutex::default(), patience }
+        Self { pool, permits, idle: Mutex::default(), broke: Mutex::default(), patience }
     }
 
     /// A connection for one call.
@@ -61,12 +65,17 @@ impl Connections {
             Ok(Lent { owner: self, _permit: permit, connection: Some(connection), made, is_clean: false })
         };
         while let Some(Idle { mut connection, made, since }) = self.take() {
-            if since.elapsed() < STALE || matches!(timeout(self.patience, connection.ping()).await, Ok(Ok(()))) {
+            if self.trusts(since) || matches!(timeout(self.patience, connection.ping()).await, Ok(Ok(()))) {
                 return lent(connection, made);
             }
             connection.close_on_drop();
         }
         lent(self.pool.acquire().await?, Instant::now())
+    }
+
+    /// Whether what lies idle since then needs no ping.
+    fn trusts(&self, since: Instant) -> bool {
+        since.elapsed() < STALE && self.broke.lock().is_none_or(|broke| broke < since)
     }
 
     fn take(&self) -> Option<Idle> {
@@ -129,6 +138,7 @@ impl Drop for Lent<'_> {
         if self.is_clean {
             self.owner.keep(connection, self.made);
         } else {
+            *self.owner.broke.lock() = Some(Instant::now());
             connection.close_on_drop();
         }
     }

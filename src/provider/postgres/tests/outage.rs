@@ -88,6 +88,25 @@ async fn terminated_connections_are_replaced() {
     assert_eq!(claim(&provider, 9).await.len(), 6);
 }
 
+/// A server that restarts breaks all connections, and one call is enough to find that out.
+#[tokio::test]
+async fn after_a_call_that_broke_off_no_other_meets_a_broken_connection() {
+    let schema = Schema::new();
+    let name = format!("application_{}", schema.options.schema);
+    let url = format!("{}?application_name={name}", schema.options.url);
+    let provider = PostgresProvider::open(Options { url, ..schema.options.clone() }).await.unwrap();
+    let connections = &provider.store.connections;
+    let lent = futures_util::future::join_all((0..4).map(|_| connections.lend())).await;
+    lent.into_iter().for_each(|lent| lent.unwrap().give_back());
+    let kill =
+        format!("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = '{name}'");
+    schema.sql(&kill);
+    provider.append(appends(1)).await.unwrap_err();
+    for _ in 0..4 {
+        provider.append(appends(1)).await.unwrap();
+    }
+}
+
 /// No call waits for ever: neither for a lock nor for a connection.
 #[tokio::test]
 async fn a_lock_that_nobody_lets_go_of_ends_calls_with_words() {
