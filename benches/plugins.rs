@@ -26,12 +26,16 @@ const BATCHES: usize = 3_000;
 const FUEL: u64 = 500_000_000;
 const METERED: &str = "[limits]\nfuel = 500000000\n";
 const HANDLER: &str = "tidegate:plugin/handler@1.0.0";
+/// How a guest takes batches: with the events in a list, or packed, as those of the SDK do.
+const LISTED: &str = "batch-handler";
+const PACKED: &str = "packed-batch-handler";
 const REUSED: &str = "reuse = 1000000000\n";
 
 pub(crate) fn run() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let raw = Raw::new();
     let fresh = Ours::idle(&runtime, "");
+    let listing = Ours::new(&runtime, idle(LISTED, ""));
     let reused = Ours::idle(&runtime, REUSED);
     let event = Arc::new(event());
     if let Some(extism) = peer::cargo("extism") {
@@ -56,6 +60,12 @@ pub(crate) fn run() {
         || runtime.block_on(fresh.batches(&event)),
         || runtime.block_on(fresh.handle(&event)),
     );
+    compare(
+        "the same with the events in a list, each string by itself",
+        "none",
+        || runtime.block_on(listing.batches(&event)),
+        || runtime.block_on(listing.handle(&event)),
+    );
     if let Some(bytes) = built("faults") {
         let manifest = component::manifest(&bytes).unwrap().1.replace("max = 1", "max = 64");
         let built = Ours::new(&runtime, embed_manifest(&bytes, &manifest).unwrap());
@@ -63,15 +73,15 @@ pub(crate) fn run() {
         let event = Arc::new(Event { payload, ..self::event() });
         compare(
             "a guest of the SDK that parses 16 B, batch of 64 per fresh instance, against one per instance",
-            "none",
+            "≥ 8",
             || runtime.block_on(built.batches(&event)),
             || runtime.block_on(built.handle(&event)),
         );
     }
     compare(
-        "no-op handler, batch of 64 per fresh instance, against wasmtime by hand",
+        "no-op handler, batch of 64 in a list, against wasmtime by hand",
         "none",
-        || runtime.block_on(fresh.batches(&event)),
+        || runtime.block_on(listing.batches(&event)),
         || runtime.block_on(raw.batches(&event)),
     );
     compare(
@@ -119,25 +129,35 @@ pub(crate) fn event() -> Event {
 }
 
 /// A guest that succeeds with every event, alone or in a batch. It looks at none of them, so that all may lie in one place.
-fn guest() -> Vec<u8> {
-    let module = r#"(module
+fn guest(form: &str) -> Vec<u8> {
+    let parameters = if form == LISTED { "" } else { "i32 i32 i32 i32" };
+    let module = format!(
+        r#"(module
         (memory (export "memory") 2)
         (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) i32.const 1024)
         (func (export "tidegate:plugin/handler@1.0.0#handle")
             (param i32 i32 i64 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32) (result i32) i32.const 512)
-        (func (export "tidegate:plugin/batch-handler@1.0.0#handle-batch") (param i32 i32) (result i32)
+        (func (export "tidegate:plugin/{form}@1.0.0#handle-batch") (param i32 i32 {parameters}) (result i32)
             (i32.store (i32.const 256) (i32.const 65536))
             (i32.store (i32.const 260) (local.get 1))
-            i32.const 256))"#;
-    let world = "package tests:bench; world both {
-        export tidegate:plugin/handler@1.0.0; export tidegate:plugin/batch-handler@1.0.0; }";
+            i32.const 256))"#
+    );
+    let world = format!(
+        "package tests:bench; world both {{
+        export tidegate:plugin/handler@1.0.0; export tidegate:plugin/{form}@1.0.0; }}"
+    );
     let mut resolve = wit_parser::Resolve::default();
     resolve.push_source("plugin.wit", include_str!("../wit/plugin.wit")).unwrap();
-    let package = resolve.push_source("bench.wit", world).unwrap();
+    let package = resolve.push_source("bench.wit", &world).unwrap();
     let world = resolve.select_world(&[package], Some("both")).unwrap();
-    let mut module = wat::parse_str(module).unwrap();
+    let mut module = wat::parse_str(&module).unwrap();
     wit_component::embed_component_metadata(&mut module, &resolve, world, wit_component::StringEncoding::UTF8).unwrap();
     componentise(&module).unwrap()
+}
+
+/// The same with a manifest that has these lines more.
+fn idle(form: &str, manifest: &str) -> Vec<u8> {
+    embed_manifest(&guest(form), &format!("name = \"bench\"\nversion = \"1.0.0\"\n{manifest}")).unwrap()
 }
 
 /// A component of `make plugins`; `None`, with the reason printed, when it is not built.
@@ -159,8 +179,7 @@ pub(crate) struct Ours {
 impl Ours {
     /// The guest that does nothing, with these lines more in its manifest.
     pub(crate) fn idle(runtime: &tokio::runtime::Runtime, manifest: &str) -> Self {
-        let bytes = embed_manifest(&guest(), &format!("name = \"bench\"\nversion = \"1.0.0\"\n{manifest}")).unwrap();
-        Self::new(runtime, bytes)
+        Self::new(runtime, self::idle(PACKED, manifest))
     }
 
     /// A plugin of `make plugins`; `None`, with the reason printed, when it is not
@@ -287,7 +306,7 @@ pub(crate) struct Raw {
 
 impl Raw {
     pub(crate) fn new() -> Self {
-        Self::of(&guest(), false)
+        Self::of(&guest(LISTED), false)
     }
 
     /// A component none of whose imports are called; with fuel or without.

@@ -10,6 +10,7 @@ wasmtime::component::bindgen!({
         world probed {
             include tidegate:plugin/plugin@1.0.0;
             export tidegate:plugin/batch-handler@1.0.0;
+            export tidegate:plugin/packed-batch-handler@1.0.0;
             export tidegate:plugin/lifecycle@1.0.0;
         }",
     world: "tidegate:host/probed",
@@ -38,6 +39,9 @@ pub(super) const HANDLER: &str = "tidegate:plugin/handler";
 
 /// What it calls with many events at once, where a component has it.
 pub(super) const BATCH_HANDLER: &str = "tidegate:plugin/batch-handler";
+
+/// The same with the events packed, which it prefers.
+pub(super) const PACKED_BATCH_HANDLER: &str = "tidegate:plugin/packed-batch-handler";
 
 /// What it calls before a version may serve, where a component has it.
 pub(super) const LIFECYCLE: &str = "tidegate:plugin/lifecycle";

@@ -2,10 +2,12 @@
 //!
 //! Whatever comes from a guest is bounded here, because it is stored and shown.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use smallvec::SmallVec;
 
+use super::bindings::exports::tidegate::plugin::packed_batch_handler::PackedEvent;
 use super::bindings::tidegate::plugin::types;
 use super::log::cut;
 use crate::delivery::{Fault, Reply};
@@ -32,6 +34,49 @@ pub(super) fn guest_event<'a>(event: &'a Event, attributes: types::AttributesPar
         payload: event.payload.bytes(),
         attributes,
     }
+}
+
+/// Many events as `packed-batch-handler` takes them.
+pub(super) struct Packed<'a> {
+    pub(super) events: Vec<PackedEvent<'a>>,
+    /// The lengths of names and values.
+    pub(super) attributes: Vec<(u32, u32)>,
+    pub(super) text: String,
+}
+
+/// Packs them; their payloads stay where they are. `None` when a string is too long for its length to be told.
+pub(super) fn packed(events: &[Arc<Event>]) -> Option<Packed<'_>> {
+    /// About what the strings of an event take.
+    const TEXT: usize = 160;
+    let mut packed = Packed {
+        events: Vec::with_capacity(events.len()),
+        attributes: Vec::with_capacity(events.len().saturating_mul(4)),
+        text: String::with_capacity(events.len().saturating_mul(TEXT)),
+    };
+    for event in events {
+        let spelled_out = spelled_out(event);
+        let attributes = attributes(event, &spelled_out);
+        let types::Event { id, sequence, type_, source, created_at_ms, content_type, payload, .. } =
+            guest_event(event, &[]);
+        let mut push = |text: &str| {
+            packed.text.push_str(text);
+            u32::try_from(text.len()).ok()
+        };
+        packed.events.push(PackedEvent {
+            sequence,
+            created_at_ms,
+            id_length: push(id)?,
+            type_length: push(type_)?,
+            source_length: push(source)?,
+            content_type_length: push(content_type)?,
+            payload,
+            attribute_count: u32::try_from(attributes.len()).ok()?,
+        });
+        for (name, value) in &attributes {
+            packed.attributes.push((push(name)?, push(value)?));
+        }
+    }
+    Some(packed)
 }
 
 /// The attributes that the event does not hold as text; most events have none.

@@ -12,11 +12,12 @@ use wasmtime::component::{
 };
 use wasmtime::error::Context as _;
 
-use super::bindings::exports::tidegate::plugin::{batch_handler, handler, lifecycle};
+use super::bindings::exports::tidegate::plugin::packed_batch_handler::PackedEvent;
+use super::bindings::exports::tidegate::plugin::{batch_handler, handler, lifecycle, packed_batch_handler};
 use super::bindings::tidegate::plugin::types::{self, Failure, Fault, Reply};
-use super::bindings::{BATCH_HANDLER, HANDLER, LIFECYCLE, VERSION};
+use super::bindings::{BATCH_HANDLER, HANDLER, LIFECYCLE, PACKED_BATCH_HANDLER, VERSION};
 use super::component::Interface;
-use super::convert;
+use super::convert::{self, Packed};
 use super::grants::has_export;
 use super::imports::State;
 use crate::event::Event;
@@ -41,8 +42,14 @@ pub(super) enum Export {
 /// Where the exports of a component are.
 pub(super) struct Exports {
     handler: Entry<handler::GuestIndices>,
-    batch: Option<Entry<batch_handler::GuestIndices>>,
+    batch: Option<Batch>,
     lifecycle: Option<lifecycle::GuestIndices>,
+}
+
+/// Where the handler of batches is, by how it takes the events.
+enum Batch {
+    Listed(Entry<batch_handler::GuestIndices>),
+    Packed(Entry<packed_batch_handler::GuestIndices>),
 }
 
 /// Where an export is that is called for events.
@@ -66,9 +73,12 @@ pub(super) struct Bound {
 #[derive(Clone, Copy)]
 struct Handle(Func);
 
-/// A function that was found to be the handler of batches.
+/// A function that was found to be a handler of batches.
 #[derive(Clone, Copy)]
-struct HandleBatch(Func);
+enum HandleBatch {
+    Listed(Func),
+    Packed(Func),
+}
 
 impl<I> Entry<I> {
     fn find(pre: &InstancePre<State>, indices: I, interface: &str, function: &str) -> wasmtime::Result<Self> {
@@ -94,19 +104,52 @@ impl<I> Entry<I> {
     }
 }
 
-/// Calls a function with a value that it takes, for one that it returns.
+impl Batch {
+    fn find(pre: &InstancePre<State>, is_packed: bool) -> wasmtime::Result<Self> {
+        const FUNCTION: &str = "handle-batch";
+        Ok(match is_packed {
+            true => {
+                let indices = packed_batch_handler::GuestIndices::new(pre)?;
+                Self::Packed(Entry::find(pre, indices, PACKED_BATCH_HANDLER, FUNCTION)?)
+            }
+            false => {
+                let indices = batch_handler::GuestIndices::new(pre)?;
+                Self::Listed(Entry::find(pre, indices, BATCH_HANDLER, FUNCTION)?)
+            }
+        })
+    }
+
+    fn bind(&self, store: &mut Store<State>, instance: &Instance) -> wasmtime::Result<Option<HandleBatch>> {
+        Ok(match self {
+            Self::Listed(entry) => {
+                let check = |indices: &batch_handler::GuestIndices, store: &mut _| {
+                    indices.load(store, instance).map(drop).context(BATCH_HANDLER)
+                };
+                entry.bind(store, instance, check)?.map(HandleBatch::Listed)
+            }
+            Self::Packed(entry) => {
+                let check = |indices: &packed_batch_handler::GuestIndices, store: &mut _| {
+                    indices.load(store, instance).map(drop).context(PACKED_BATCH_HANDLER)
+                };
+                entry.bind(store, instance, check)?.map(HandleBatch::Packed)
+            }
+        })
+    }
+}
+
+/// Calls a function with what it takes, for what it returns.
 ///
 /// # Safety
 /// The function must be of this type: that is not checked again.
 #[expect(unsafe_code, reason = "the types of a function are checked in the first instance of a component, not in each")]
-async unsafe fn call<P, R>(function: Func, store: &mut Store<State>, value: P) -> wasmtime::Result<R>
+async unsafe fn call<P, R>(function: Func, store: &mut Store<State>, values: P) -> wasmtime::Result<R>
 where
-    (P,): ComponentNamedList + Lower + Send + Sync,
+    P: ComponentNamedList + Lower + Send + Sync,
     (R,): ComponentNamedList + Lift + Send + Sync + 'static,
 {
     // SAFETY: as for this function.
-    let function = unsafe { TypedFunc::<(P,), (R,)>::new_unchecked(function) };
-    let (answer,) = function.call_async(store, (value,)).await?;
+    let function = unsafe { TypedFunc::<P, (R,)>::new_unchecked(function) };
+    let (answer,) = function.call_async(store, values).await?;
     Ok(answer)
 }
 
@@ -117,7 +160,8 @@ impl Exports {
     /// The engine's, where an interface lacks a function.
     pub(super) fn find(pre: &InstancePre<State>, interface: &Interface) -> wasmtime::Result<Self> {
         let has = |name| has_export(&interface.exports, name);
-        Self::of(pre, has(BATCH_HANDLER), has(LIFECYCLE))
+        let is_packed = has(PACKED_BATCH_HANDLER);
+        Self::of(pre, (is_packed || has(BATCH_HANDLER)).then_some(is_packed), has(LIFECYCLE))
     }
 
     /// Looks for the same ones in the same component on another engine.
@@ -125,14 +169,15 @@ impl Exports {
     /// # Errors
     /// Those of [`find`](Self::find), which there are none of.
     pub(super) fn again(&self, pre: &InstancePre<State>) -> wasmtime::Result<Self> {
-        Self::of(pre, self.batch.is_some(), self.lifecycle.is_some())
+        let is_packed = self.batch.as_ref().map(|batch| matches!(batch, Batch::Packed(_)));
+        Self::of(pre, is_packed, self.lifecycle.is_some())
     }
 
-    fn of(pre: &InstancePre<State>, has_batch: bool, has_lifecycle: bool) -> wasmtime::Result<Self> {
-        let batch = || Entry::find(pre, batch_handler::GuestIndices::new(pre)?, BATCH_HANDLER, "handle-batch");
+    /// Those of a component that takes batches in this form, where it takes any.
+    fn of(pre: &InstancePre<State>, is_packed: Option<bool>, has_lifecycle: bool) -> wasmtime::Result<Self> {
         Ok(Self {
             handler: Entry::find(pre, handler::GuestIndices::new(pre)?, HANDLER, "handle")?,
-            batch: has_batch.then(batch).transpose()?,
+            batch: is_packed.map(|is_packed| Batch::find(pre, is_packed)).transpose()?,
             lifecycle: has_lifecycle.then(|| lifecycle::GuestIndices::new(pre)).transpose()?,
         })
     }
@@ -152,10 +197,7 @@ impl Exports {
             && batch.is_none()
             && needs(Export::HandleBatch)
         {
-            let check = |indices: &batch_handler::GuestIndices, store: &mut _| {
-                indices.load(store, instance).map(drop).context(BATCH_HANDLER)
-            };
-            *batch = entry.bind(store, instance, check)?.map(HandleBatch);
+            *batch = entry.bind(store, instance)?;
         }
         if let Some(indices) = &self.lifecycle
             && lifecycle.is_none()
@@ -187,7 +229,12 @@ impl Bound {
             (Export::Handle, [event], Some(handler), _) => {
                 Ok(Answers::from_buf([handle(handler, store, event).await?]))
             }
-            (Export::HandleBatch, .., Some(batch)) => Ok(handle_batch(batch, store, events).await?.into()),
+            (Export::HandleBatch, .., Some(HandleBatch::Listed(batch))) => {
+                Ok(handle_batch(batch, store, events).await?.into())
+            }
+            (Export::HandleBatch, .., Some(HandleBatch::Packed(batch))) => {
+                Ok(handle_packed(batch, store, events).await?.into())
+            }
             (Export::SelfCheck, ..) => Ok(Answers::from_buf([self.self_check(store).await?])),
             _ => Err(wasmtime::Error::msg("the component has no export for this call")),
         }
@@ -205,20 +252,24 @@ async fn handle(handler: Handle, store: &mut Store<State>, event: &Event) -> was
     let spelled_out = convert::spelled_out(event);
     let attributes = convert::attributes(event, &spelled_out);
     // SAFETY: the generated bindings found that it takes an event and gives an answer.
-    unsafe { call(handler.0, store, convert::guest_event(event, &attributes)) }.await
+    unsafe { call(handler.0, store, (convert::guest_event(event, &attributes),)) }.await
 }
 
 #[expect(unsafe_code, reason = "see `call`")]
-async fn handle_batch(
-    batch: HandleBatch,
-    store: &mut Store<State>,
-    events: &[Arc<Event>],
-) -> wasmtime::Result<Vec<Answer>> {
+async fn handle_batch(batch: Func, store: &mut Store<State>, events: &[Arc<Event>]) -> wasmtime::Result<Vec<Answer>> {
     let spelled_out: Vec<_> = events.iter().map(|event| convert::spelled_out(event)).collect();
     let attributes: Vec<_> =
         events.iter().zip(&spelled_out).map(|(event, spelled_out)| convert::attributes(event, spelled_out)).collect();
     let events: Vec<_> =
         events.iter().zip(&attributes).map(|(event, attributes)| convert::guest_event(event, attributes)).collect();
     // SAFETY: the generated bindings found that it takes a list of events and gives a list of answers.
-    unsafe { call::<&[types::Event<'_>], _>(batch.0, store, &events) }.await
+    unsafe { call::<(&[types::Event<'_>],), _>(batch, store, (&events,)) }.await
+}
+
+#[expect(unsafe_code, reason = "see `call`")]
+async fn handle_packed(batch: Func, store: &mut Store<State>, events: &[Arc<Event>]) -> wasmtime::Result<Vec<Answer>> {
+    let packed = convert::packed(events).ok_or_else(|| wasmtime::Error::msg("a string has more than 4 GiB"))?;
+    let Packed { events, attributes, text } = &packed;
+    // SAFETY: the generated bindings found that it takes these three and gives a list of answers.
+    unsafe { call::<(&[PackedEvent<'_>], &[(u32, u32)], &str), _>(batch, store, (events, attributes, text)) }.await
 }

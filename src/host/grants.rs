@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
 
-use super::bindings::{BATCH_HANDLER, HANDLER, MAJOR, PACKAGE, VERSION};
+use super::bindings::{BATCH_HANDLER, HANDLER, MAJOR, PACKAGE, PACKED_BATCH_HANDLER, VERSION};
 use super::component::Interface;
 use super::manifest::{Capabilities, Manifest};
 use super::options::{Options, PluginOptions};
@@ -79,7 +79,7 @@ pub(super) fn max_batch(
     options: &PluginOptions,
 ) -> std::result::Result<usize, String> {
     let wished = manifest.batch.max.map(NonZeroU32::get);
-    if !has_export(&interface.exports, BATCH_HANDLER) {
+    if ![BATCH_HANDLER, PACKED_BATCH_HANDLER].iter().any(|name| has_export(&interface.exports, name)) {
         return match wished {
             None | Some(1) => Ok(1),
             Some(max) => Err(format!(
@@ -378,6 +378,7 @@ mod tests {
         assert_eq!(with(&[HANDLE], "", ""), Ok(1));
         assert_eq!(with(&[HANDLE], "[batch]\nmax = 1", "batch = { max = 9 }"), Ok(1));
         assert_eq!(with(&both, "", ""), Ok(64));
+        assert_eq!(with(&[HANDLE, "tidegate:plugin/packed-batch-handler@1.0.0"], "", ""), Ok(64));
         assert_eq!(with(&both, "[batch]\nmax = 500", ""), Ok(500));
         assert_eq!(with(&both, "[batch]\nmax = 500", "batch = { max = 8 }"), Ok(8));
         assert_eq!(with(&both, "[batch]\nmax = 5", "batch = { max = 8 }"), Ok(5));

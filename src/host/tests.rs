@@ -214,6 +214,13 @@ async fn an_optional_export_of_another_shape_is_refused_by_its_name() {
     let rows = [
         ("batch-handler", "handle-batch", "(param i32)", "interface batch-handler { handle-batch: func(event: u32); }"),
         ("batch-handler", "other", "(param i32)", "interface batch-handler { other: func(event: u32); }"),
+        (
+            "packed-batch-handler",
+            "handle-batch",
+            "(param i32)",
+            "interface packed-batch-handler { handle-batch: func(event: u32); }",
+        ),
+        ("packed-batch-handler", "other", "(param i32)", "interface packed-batch-handler { other: func(event: u32); }"),
         ("lifecycle", "self-check", "(result i32)", "interface lifecycle { self-check: func() -> u32; }"),
     ];
     for (interface, function, core, wit) in rows {
@@ -382,6 +389,87 @@ async fn a_guest_built_before_there_were_turns_and_batches_is_served_event_by_ev
     let asking = format!("{MANIFEST}[batch]\nmax = 8\n");
     let refused = refusal(guest_before_turns(&asking), &options()).await;
     assert!(refused.contains("batch.max = 8") && refused.contains("does not export"), "{refused}");
+}
+
+/// A guest that takes batches in these forms. A list it answers with each event's content type and payload, and what is
+/// packed with its text and each payload.
+fn guest_of_batches(forms: &[&str]) -> Vec<u8> {
+    let functions = [
+        ("batch-handler", "", "(i64.load offset=40 (local.get $from))", 48, 64),
+        (
+            "packed-batch-handler",
+            "(param i32 i32) (param $text i32) (param $length i32)",
+            "(i64.or (i64.extend_i32_u (local.get $text)) (i64.shl (i64.extend_i32_u (local.get $length)) (i64.const 32)))",
+            32,
+            48,
+        ),
+    ];
+    let functions = functions.into_iter().filter(|(form, ..)| forms.contains(form));
+    let functions = functions.map(|(form, parameters, told, payload, size)| {
+        format!(
+            r#"(func (export "tidegate:plugin/{form}@1.0.0#handle-batch")
+                (param $from i32) (param $count i32) {parameters} (result i32)
+                (local $to i32)
+                (i32.store (i32.const 256) (i32.const 1024))
+                (i32.store (i32.const 260) (local.get $count))
+                (local.set $to (i32.const 1024))
+                (loop $next
+                    (if (local.get $count) (then
+                        (i32.store8 offset=4 (local.get $to) (i32.const 1))
+                        (i64.store offset=8 (local.get $to) {told})
+                        (i64.store offset=16 (local.get $to) (i64.load offset={payload} (local.get $from)))
+                        (local.set $from (i32.add (local.get $from) (i32.const {size})))
+                        (local.set $to (i32.add (local.get $to) (i32.const 40)))
+                        (local.set $count (i32.sub (local.get $count) (i32.const 1)))
+                        (br $next))))
+                (i32.const 256))"#
+        )
+    });
+    let module = format!(
+        r#"(module
+            (memory (export "memory") 1)
+            (global $top (mut i32) (i32.const 4096))
+            (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) (local $at i32)
+                (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
+                (global.set $top (i32.add (local.get $at) (local.get 3)))
+                (local.get $at))
+            (func (export "tidegate:plugin/handler@1.0.0#handle")
+                (param i32 i32 i64 i32 i32 i32 i32 i64 i32 i32 i32 i32 i32 i32) (result i32) i32.const 512)
+            {})"#,
+        functions.collect::<String>()
+    );
+    let exports: String = forms.iter().map(|form| format!("export tidegate:plugin/{form}@1.0.0;")).collect();
+    let world = format!("package tests:guests; world commanding {{ export tidegate:plugin/handler@1.0.0; {exports} }}");
+    encoded(&module, PLUGIN_WIT, &world)
+}
+
+/// Both ways to take a batch hand over the same, and where there are both it is the cheaper one.
+#[tokio::test]
+async fn a_batch_is_handed_over_packed_where_it_can_be_and_else_as_a_list() {
+    let calls = ["1", "\"zwei\""].map(|payload| {
+        let mut call = call(payload);
+        let event = Arc::make_mut(&mut call.event);
+        event.id = crate::event::EventId::parse("e").unwrap();
+        event.key = Some(payload.into());
+        call
+    });
+    let text =
+        |key| format!("efaults.tests.createsystemapplication/jsonschemafaultsentitytestsoperationcreatekey{key}");
+    let (listed, packed) = ("application/json".to_owned(), text("1") + &text("\"zwei\""));
+    let rows: [(&[&str], String); 3] = [
+        (&["batch-handler"], listed),
+        (&["packed-batch-handler"], packed.clone()),
+        (&["batch-handler", "packed-batch-handler"], packed),
+    ];
+    for (forms, told) in rows {
+        let host = Host::new(options(), None).unwrap();
+        let plugin = host.load("batches.wasm", guest_of_batches(forms).into()).await.unwrap();
+        assert_eq!(plugin.max_batch(), 64);
+        let outcomes = plugin.handle_batch(calls.to_vec()).await.unwrap();
+        let replies: Vec<_> = outcomes.into_iter().map(|outcome| outcome.reply.unwrap()).collect();
+        let replies: Vec<_> = replies.iter().map(|reply| (&*reply.content_type, &*reply.body)).collect();
+        assert_eq!(replies, [(&*told, &b"1"[..]), (&told, b"\"zwei\"")], "{forms:?}");
+    }
 }
 
 #[tokio::test]

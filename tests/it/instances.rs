@@ -44,6 +44,37 @@ async fn a_batch_has_a_verdict_for_each_event_and_each_keeps_what_is_its_own() {
     assert!(outcomes.iter().all(|outcome| outcome.trace.digest.is_some() && outcome.trace.fuel > Some(0)));
 }
 
+/// What is packed for a batch is unpacked as it was.
+#[tokio::test]
+async fn an_event_of_a_batch_is_the_one_that_is_handed_over_alone() {
+    let host = host();
+    let handler = loaded(&host, "").await;
+    let mut calls = vec![call(&json!({"fault": "facts"})); 5];
+    let events = calls.iter_mut().map(|call| Arc::make_mut(&mut call.event)).collect::<Vec<_>>();
+    let [plain, rich, bare, empty, binary] = events.try_into().unwrap();
+    plain.user_id = Some(tidegate::event::UserId::Number(42));
+    (rich.key, rich.session_id) = (Some("ключ 🗝".into()), Some(String::new().into()));
+    rich.caused_by = Some("cause".parse().unwrap());
+    rich.metadata.extend((0..300).map(|n| (format!("schlüssel-{n}"), json!({"länge": "x".repeat(n)}))));
+    (bare.schema, bare.entity, bare.operation, bare.instance_id) = (None, None, None, "".into());
+    empty.metadata.insert(String::new(), json!(""));
+    binary.payload = tidegate::Payload::new("application/x-\"odd\"", vec![0xff, 0, 0xfe]).unwrap();
+    let mut alone = Vec::new();
+    for call in &calls {
+        alone.push(handler.handle(call.clone()).await.reply.unwrap());
+    }
+    let together = handler.handle_batch(calls).await.unwrap();
+    let together: Vec<_> = together.into_iter().map(|outcome| outcome.reply.unwrap()).collect();
+    assert_eq!(together.last(), alone.last());
+    assert_eq!(&*together[4].body, [0xff, 0, 0xfe]);
+    let event = |reply: &Box<tidegate::Reply>| serde_json::from_slice::<Value>(&reply.body).unwrap()["event"].take();
+    let [alone, together] = [alone, together].map(|replies| replies[..4].iter().map(event).collect::<Vec<_>>());
+    assert_eq!(together, alone);
+    let counts: Vec<_> = together.iter().map(|event| event["attributes"].as_array().unwrap().len()).collect();
+    assert_eq!(counts[1] - 300, counts[0] + 2, "{counts:?}");
+    assert_eq!(counts[2], 0);
+}
+
 /// Invariant 6: a trap, an endless loop or a memory hog ends that attempt only, also in a batch.
 #[tokio::test]
 async fn a_batch_that_ends_without_verdicts_decides_nothing() {

@@ -8,11 +8,11 @@ wit_bindgen::generate!({
     default_bindings_module: "tidegate_plugin::bindings",
 });
 
-/// The optional export that is called with many events at once.
+/// The optional export that is called with many events at once, packed: [`Batch`](crate::host::Batch) unpacks them.
 pub mod batch {
     wit_bindgen::generate!({
         path: "wit",
-        inline: "package tidegate:sdk; world batched { export tidegate:plugin/batch-handler@1.0.0; }",
+        inline: "package tidegate:sdk; world batched { export tidegate:plugin/packed-batch-handler@1.0.0; }",
         world: "tidegate:sdk/batched",
         with: { "tidegate:plugin/types@1.0.0": crate::bindings::tidegate::plugin::types },
         pub_export_macro: true,

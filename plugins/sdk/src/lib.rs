@@ -139,13 +139,13 @@ macro_rules! plugin {
         $crate::plugin!($handler $(, self_check = $self_check)?);
 
         #[cfg(target_family = "wasm")]
-        $crate::__export_batch!(|events| $crate::__export::call_in_turn(&$handler, events));
+        $crate::__export_batch!(|batch| $crate::__export::call_in_turn(&$handler, batch));
     };
     ($handler:path, batch = $batch:path $(, self_check = $self_check:path)?) => {
         $crate::plugin!($handler $(, self_check = $self_check)?);
 
         #[cfg(target_family = "wasm")]
-        $crate::__export_batch!(|events| $crate::__export::call_batch(&$batch, events));
+        $crate::__export_batch!(|batch| $crate::__export::call_batch(&$batch, batch));
 
         #[cfg(not(target_family = "wasm"))]
         const _: fn() = || $crate::__export::check_batch(&$batch);
@@ -181,12 +181,14 @@ macro_rules! __export_batch {
 
             impl $crate::__export::BatchGuest for Batched {
                 fn handle_batch(
-                    events: ::std::vec::Vec<$crate::__export::Event>,
+                    events: ::std::vec::Vec<$crate::__export::PackedEvent>,
+                    attributes: ::std::vec::Vec<(u32, u32)>,
+                    text: ::std::string::String,
                 ) -> ::std::vec::Vec<
                     ::core::result::Result<::core::option::Option<$crate::__export::Reply>, $crate::__export::Failure>,
                 > {
-                    let call: fn(::std::vec::Vec<$crate::__export::Event>) -> _ = $call;
-                    call(events)
+                    let call: fn($crate::__export::Batch) -> _ = $call;
+                    call($crate::__export::Batch { events, attributes, text })
                 }
             }
 
@@ -200,11 +202,16 @@ macro_rules! __export_batch {
 pub mod __export {
     #[cfg(target_family = "wasm")]
     pub use crate::bindings::{
-        batch::{export_batch, exports::tidegate::plugin::batch_handler::Guest as BatchGuest},
+        batch::{
+            export_batch,
+            exports::tidegate::plugin::packed_batch_handler::{Guest as BatchGuest, PackedEvent},
+        },
         export,
         exports::tidegate::plugin::handler::{Event, Failure, Guest, Reply},
         self_check::{export_self_check, exports::tidegate::plugin::lifecycle::Guest as SelfCheck},
     };
+    #[cfg(target_family = "wasm")]
+    pub use crate::host::Batch;
 
     /// One call from the host, in the types of the interface.
     #[cfg(target_family = "wasm")]
@@ -218,19 +225,19 @@ pub mod __export {
     #[cfg(target_family = "wasm")]
     pub fn call_in_turn<Arguments>(
         handler: &impl crate::Handler<Arguments>,
-        events: Vec<Event>,
+        batch: Batch,
     ) -> Vec<Result<Option<Reply>, Failure>> {
         #[cfg(feature = "panic-log")]
         crate::log::panics();
-        crate::handler::in_turn(handler, events.into_iter().map(Into::into)).into_iter().map(answer).collect()
+        crate::handler::in_turn(handler, batch.unpack()).into_iter().map(answer).collect()
     }
 
     /// One call with many events, all handled at once.
     #[cfg(target_family = "wasm")]
-    pub fn call_batch(handler: &impl crate::BatchHandler, events: Vec<Event>) -> Vec<Result<Option<Reply>, Failure>> {
+    pub fn call_batch(handler: &impl crate::BatchHandler, batch: Batch) -> Vec<Result<Option<Reply>, Failure>> {
         #[cfg(feature = "panic-log")]
         crate::log::panics();
-        let events: Vec<crate::Event> = events.into_iter().map(Into::into).collect();
+        let events: Vec<crate::Event> = batch.unpack().collect();
         handler.call(&events).into_iter().map(answer).collect()
     }
 

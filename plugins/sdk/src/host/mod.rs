@@ -10,6 +10,8 @@ mod wasm;
 #[cfg(not(target_family = "wasm"))]
 pub(crate) use native::*;
 #[cfg(target_family = "wasm")]
+pub use wasm::Batch;
+#[cfg(target_family = "wasm")]
 pub(crate) use wasm::*;
 
 /// Names and values.

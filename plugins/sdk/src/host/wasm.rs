@@ -5,7 +5,10 @@ use core::time::Duration;
 use super::Attributes;
 use crate::{
     Event, Failure, Fault, Reply,
-    bindings::{exports::tidegate::plugin::handler as exported, tidegate::plugin as imported},
+    bindings::{
+        batch::exports::tidegate::plugin::packed_batch_handler::PackedEvent,
+        exports::tidegate::plugin::handler as exported, tidegate::plugin as imported,
+    },
     log::Level,
 };
 
@@ -94,6 +97,40 @@ impl From<exported::Event> for Event {
             payload: event.payload,
             attributes: event.attributes,
         }
+    }
+}
+
+/// The events of a call, packed as `packed-batch-handler` says.
+pub struct Batch {
+    pub events: Vec<PackedEvent>,
+    pub attributes: Vec<(u32, u32)>,
+    pub text: String,
+}
+
+impl Batch {
+    /// The events, each unpacked when its turn comes.
+    pub(crate) fn unpack(self) -> impl Iterator<Item = Event> {
+        let Self { events, attributes, text } = self;
+        let (mut attributes, mut at) = (attributes.into_iter(), 0);
+        events.into_iter().map(move |event| {
+            let mut take = |length: u32| {
+                let from = at;
+                at += length as usize;
+                text.get(from..at).unwrap_or_default().to_owned()
+            };
+            Event {
+                id: take(event.id_length),
+                sequence: event.sequence,
+                event_type: take(event.type_length),
+                source: take(event.source_length),
+                created_at_ms: event.created_at_ms,
+                content_type: take(event.content_type_length),
+                payload: event.payload,
+                attributes: (attributes.by_ref().take(event.attribute_count as usize))
+                    .map(|(name, value)| (take(name), take(value)))
+                    .collect(),
+            }
+        })
     }
 }
 
