@@ -101,17 +101,21 @@ static HANDLED: AtomicU32 = AtomicU32::new(0);
 static CALLS: AtomicU32 = AtomicU32::new(0);
 
 fn misbehave(event: Event) -> Result<Option<Reply>, Failure> {
+    misbehave_at(&event)
+}
+
+fn misbehave_at(event: &Event) -> Result<Option<Reply>, Failure> {
     HANDLED.fetch_add(1, Ordering::Relaxed);
     if serde_json::from_slice::<serde::de::IgnoredAny>(&event.payload).is_err() {
-        return Ok(Some(Reply::new("application/octet-stream", event.payload)));
+        return Ok(Some(Reply::new("application/octet-stream", event.payload.clone())));
     }
-    perform(&event.json()?, &event)
+    perform(&event.json()?, event)
 }
 
 fn misbehave_all(events: &[Event]) -> Vec<Result<Option<Reply>, Failure>> {
     let in_turn = |(index, event): (usize, &Event)| {
         delivery::turn(index);
-        misbehave(event.clone())
+        misbehave_at(event)
     };
     let whole = match events.first().and_then(|event| event.json().ok()) {
         Some(Fault::Batch { how }) => Some(how),
