@@ -31,7 +31,7 @@ const MOMENT: Duration = Duration::from_secs(1);
 
 /// The most attempts that a worker settles at once, and how short each of them is: a result never waits long for
 /// others.
-const TOGETHER: usize = 32;
+const TOGETHER: usize = 48;
 const SHORT: Duration = Duration::from_micros(50);
 
 /// How long a worker keeps its thread where no handler waits: as long as a guest that computes.
@@ -222,8 +222,13 @@ async fn attempt(
         match handling.as_mut().now_or_never() {
             Some(outcome) => outcome.unwrap_or_else(|panic| panicked(&*panic)),
             None => {
+                let computes = watch.last.elapsed() > SHORT;
                 leave(shared, binding, rest).await;
                 shared.settle(ended).await;
+                if computes {
+                    // It would go on with that at once.
+                    tokio::task::yield_now().await;
+                }
                 patiently(binding, handling).await
             }
         }

@@ -79,10 +79,13 @@ impl Settings {
     /// Enough for this many attempts at once.
     pub(super) fn new(slots: u32, max_memory: usize, cache: Option<Folder>) -> Self {
         let parts = slots.saturating_mul(PARTS_PER_ATTEMPT).max(FEWEST_PARTS);
-        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let pools = cores.min(MOST_POOLS).min(usize::try_from(slots).unwrap_or(usize::MAX)).max(1);
+        let pools = cores().min(MOST_POOLS).min(usize::try_from(slots).unwrap_or(usize::MAX)).max(1);
         Self { slots, parts, pools, max_memory, cache }
     }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
 /// What a component has to have of its engine.
@@ -103,6 +106,8 @@ pub(super) struct Engine {
     pool: PoolingAllocationConfig,
     slots: Arc<Slots>,
     compiles: Arc<Semaphore>,
+    /// Where guests are that compute for long.
+    computing: Semaphore,
     cache: Option<Cache>,
     /// Takes engines to the thread that ticks for all of them. Dropping it ends the thread.
     ticker: Sender<EngineWeak>,
@@ -151,6 +156,7 @@ impl Engine {
             pool: pool(settings),
             slots: Arc::clone(&slots),
             compiles: Arc::new(Semaphore::new(COMPILES_AT_ONCE)),
+            computing: Semaphore::new(cores()),
             cache: settings.cache.as_ref().map_or(Ok(None), Cache::open)?,
             ticker: tick(&slots)?,
         };
@@ -163,6 +169,11 @@ impl Engine {
     /// What an instance holds one of.
     pub(super) fn slots(&self) -> &Arc<Slots> {
         &self.slots
+    }
+
+    /// A place for each core, for guests that compute for long.
+    pub(super) fn computing(&self) -> &Semaphore {
+        &self.computing
     }
 
     /// The compiled form of a component, from the cache where there is one. Never blocks the caller's thread.

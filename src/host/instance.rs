@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures_util::FutureExt as _;
 use smallvec::SmallVec;
 use tokio::sync::{OnceCell, OwnedSemaphorePermit};
 use wasmtime::component::{Component, InstancePre};
@@ -19,6 +18,7 @@ use wasmtime::{PoolConcurrencyLimitError, Store, Trap, UpdateDeadline, WasmBackt
 use wasmtime_wasi::I32Exit;
 
 use super::bindings::tidegate::plugin::types;
+use super::compute;
 use super::convert;
 use super::engine::Engine;
 use super::exports::{Answers, Bound, Export, Exports};
@@ -29,9 +29,6 @@ use crate::delivery::{Fault, LogLine, Seen, Trace, Verdict};
 use crate::error::Result;
 use crate::event::{Event, EventType, Payload, Source};
 use crate::handler::{Call, Effects, KvRead, Outcome};
-
-/// How much later than the epoch the timer fires: the epoch knows where the guest was, the timer does not.
-const GRACE: Duration = Duration::from_millis(50);
 
 /// How long a self-check may take once it has an instance. A plugin's own timeout may be shorter.
 const SELF_CHECK: Duration = Duration::from_secs(5);
@@ -187,8 +184,9 @@ impl Prepared {
         let terms = Arc::new(Terms { limits, ..Terms::clone(&self.terms) });
         let mut instance = Instance::new(&self.sites.first, &terms, slot);
         let call = introduction(&terms.name, allowed).map_err(|error| failed(&error))?;
-        instance.begin([call], Instant::now().checked_add(allowed), self.fuel(1));
-        match self.run(engine, &mut instance, Export::SelfCheck, &[]).await {
+        let began = Instant::now();
+        instance.begin([call], began.checked_add(allowed), self.fuel(1));
+        match self.run(engine, &mut instance, Export::SelfCheck, &[], began).await {
             End::NotBegun(error) => Err(self.unstarted(error, instance.store.data().meter.has_refused())),
             End::Waiting if instance.bound.is_none() => {
                 Err(Unstarted::Failed(format!("takes longer than {allowed:?} to start")))
@@ -244,7 +242,7 @@ impl Prepared {
             },
         };
         instance.begin(calls, deadline, self.fuel(events.len()));
-        let end = self.run(engine, &mut instance, export, events).await;
+        let end = self.run(engine, &mut instance, export, events, began).await;
         let may_go_on = matches!(&end, End::Returned(answers) if answers.len() == events.len())
             && instance.store.data().is_within_limits();
         let ended = self.judge(end, &mut instance, events.len(), allowed);
@@ -260,10 +258,17 @@ impl Prepared {
     }
 
     /// Calls an export of an instance whose limits are armed, in the pool, or beside it where that is full.
-    async fn run(&self, engine: &Arc<Engine>, instance: &mut Instance, export: Export, events: &[Arc<Event>]) -> End {
+    async fn run(
+        &self,
+        engine: &Arc<Engine>,
+        instance: &mut Instance,
+        export: Export,
+        events: &[Arc<Event>],
+        began: Instant,
+    ) -> End {
         let deadline = instance.store.data().deadline();
         instance.served = instance.served.saturating_add(u32::try_from(events.len()).unwrap_or(u32::MAX));
-        let end = until(deadline, pin!(call_in(instance, export, events))).await;
+        let end = until(engine, began, deadline, pin!(call_in(instance, export, events))).await;
         if !is_pool_full(&end) {
             return end;
         }
@@ -281,7 +286,7 @@ impl Prepared {
         let outside = self.outside_the_pool(engine).await?;
         instance.move_to(outside, self.fuel(events.len()));
         let deadline = instance.store.data().deadline();
-        Some(until(deadline, pin!(call_in(instance, export, events))).await)
+        Some(until(engine, Instant::now(), deadline, pin!(call_in(instance, export, events))).await)
     }
 
     /// What runs on an engine without a pool, made at the first need of it.
@@ -535,6 +540,16 @@ fn store(linked: &Linked, state: State) -> Store<State> {
     store
 }
 
+/// Waits for a call that began at an instant, and a little longer than until its deadline.
+async fn until(
+    engine: &Engine,
+    began: Instant,
+    deadline: Option<Instant>,
+    call: Pin<&mut impl Future<Output = End>>,
+) -> End {
+    compute::until(began, deadline, engine.computing(), call).await.unwrap_or(End::Waiting)
+}
+
 /// Calls an export of an instance, which is made first where it is not there yet.
 async fn call_in(instance: &mut Instance, export: Export, events: &[Arc<Event>]) -> End {
     let Instance { store, site, bound, .. } = instance;
@@ -552,19 +567,6 @@ async fn call_in(instance: &mut Instance, export: Export, events: &[Arc<Event>])
     match bound.call(export, store, events).await {
         Ok(answers) => End::Returned(answers),
         Err(error) => End::Stopped(error),
-    }
-}
-
-/// Waits for the call, and a little longer than until `deadline`.
-async fn until(deadline: Option<Instant>, mut call: Pin<&mut impl Future<Output = End>>) -> End {
-    // What ends at once needs no timer.
-    if let Some(end) = call.as_mut().now_or_never() {
-        return end;
-    }
-    match deadline.and_then(|deadline| deadline.checked_add(GRACE)) {
-        Some(latest) => tokio::time::timeout_at(latest.into(), call).await.unwrap_or(End::Waiting),
-        // Nobody lives to see it.
-        None => call.await,
     }
 }
 

@@ -6,9 +6,9 @@
 //! writes and publishes leaves in its [`Outcome`](crate::handler::Outcome).
 //!
 //! From the inside out: `instance` is one call of a guest, with an event or with a batch of them, `exports` what is called
-//! of it, `imports` what it can ask for meanwhile, and `slots` how many instances there are. `load` makes something
-//! callable of bytes, as `grants` decides, `registry` keeps what is active, and `reload` follows
-//! a folder: what `files` sees there, as far as `claims` allows.
+//! of it, `imports` what it can ask for meanwhile, `compute` where it goes on when it takes long, and `slots` how many
+//! instances there are. `load` makes something callable of bytes, as `grants` decides, `registry` keeps what is active, and
+//! `reload` follows a folder: what `files` sees there, as far as `claims` allows.
 
 pub mod component;
 pub mod guest;
@@ -24,6 +24,7 @@ mod imports;
 mod cache;
 mod slots;
 mod engine;
+mod compute;
 mod exports;
 mod instance;
 mod load;
