@@ -61,13 +61,13 @@ async fn an_event_of_a_batch_is_the_one_that_is_handed_over_alone() {
     binary.payload = tidegate::Payload::new("application/x-\"odd\"", vec![0xff, 0, 0xfe]).unwrap();
     let mut alone = Vec::new();
     for call in &calls {
-        alone.push(handler.handle(call.clone()).await.reply.unwrap());
+        alone.push(*handler.handle(call.clone()).await.reply.unwrap());
     }
     let together = handler.handle_batch(calls).await.unwrap();
-    let together: Vec<_> = together.into_iter().map(|outcome| outcome.reply.unwrap()).collect();
+    let together: Vec<_> = together.into_iter().map(|outcome| *outcome.reply.unwrap()).collect();
     assert_eq!(together.last(), alone.last());
     assert_eq!(&*together[4].body, [0xff, 0, 0xfe]);
-    let event = |reply: &Box<tidegate::Reply>| serde_json::from_slice::<Value>(&reply.body).unwrap()["event"].take();
+    let event = |reply: &tidegate::Reply| serde_json::from_slice::<Value>(&reply.body).unwrap()["event"].take();
     let [alone, together] = [alone, together].map(|replies| replies[..4].iter().map(event).collect::<Vec<_>>());
     assert_eq!(together, alone);
     let counts: Vec<_> = together.iter().map(|event| event["attributes"].as_array().unwrap().len()).collect();
