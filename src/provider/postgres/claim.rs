@@ -247,7 +247,7 @@ impl Session<'_> {
         let mut claimed = Claimed::default();
         let mut began = Instant::now();
         let room = request.wants.iter().map(|want| want.room).fold(0, usize::saturating_add);
-        let is_turn = room >= MUCH && self.begin_turn("claim").await?;
+        let is_turn = room >= MUCH && self.begin_turn().await?;
         let mut look = self.lease_oldest(request, &asks, &names, false, &mut claimed.leases).await?;
         if is_turn {
             self.commit().await?;

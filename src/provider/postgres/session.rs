@@ -1,8 +1,8 @@
 //! One call's connection: every statement on it has a bound, and what is left half done is not used again.
 //!
 //! The order in which transactions lock rows is the same everywhere, so that none can wait for one that waits for it:
-//! the advisory lock of operators or of large claims, `deliveries` by seq and subscription, `documents` by name, `progress` by seq, and
-//! `head` last.
+//! the advisory lock of operators or of large claims, `deliveries` by seq and subscription, `documents` by name,
+//! `progress` by seq, and `head` last.
 //!
 //! Statements of every event are written so that the server keeps one plan for them and does not make it anew for each call,
 //! which would take longer than following it. An array is a subquery, `(SELECT $1::bigint[])`: then a plan for these values is
@@ -124,10 +124,10 @@ impl Session<'_> {
         self.execute(lock).await.map(drop)
     }
 
-    /// Begins a transaction of which there is one at a time, over all processes, for this `work`. `false`, and no transaction,
-    /// when another one takes long: a process that stands still must not hold up the others.
-    pub(super) async fn begin_turn(&mut self, work: &str) -> Step<bool> {
-        let name = format!("tidegate {work} {}", self.store.schema).replace('\'', "''");
+    /// Begins the transaction of a large claim, of which there is one at a time over all processes. `false`, and no
+    /// transaction, when another one takes long: a process that stands still must not hold up the others.
+    pub(super) async fn begin_turn(&mut self) -> Step<bool> {
+        let name = format!("tidegate claim {}", self.store.schema).replace('\'', "''");
         let begun = self
             .begin_with(&format!(
                 "BEGIN; SET LOCAL lock_timeout = '{}ms'; SELECT pg_advisory_xact_lock(hashtextextended('{name}', 0)); \

@@ -72,14 +72,19 @@ async fn what_was_acknowledged_outlives_a_killed_server() {
     }
 }
 
-#[tokio::test]
-async fn terminated_connections_are_replaced() {
-    let schema = Schema::new();
+/// A store, and a statement that ends its connections, waits until they are gone, and counts them.
+async fn mortal(schema: &Schema) -> (PostgresProvider, String) {
     let name = format!("application_{}", schema.options.schema);
     let url = format!("{}?application_name={name}", schema.options.url);
     let provider = PostgresProvider::open(Options { url, ..schema.options.clone() }).await.unwrap();
-    let kill =
-        format!("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = '{name}'");
+    let ended = "SELECT count(pg_terminate_backend(pid, 60000)) FROM pg_stat_activity WHERE application_name";
+    (provider, format!("{ended} = '{name}'"))
+}
+
+#[tokio::test]
+async fn terminated_connections_are_replaced() {
+    let schema = Schema::new();
+    let (provider, kill) = mortal(&schema).await;
     for _ in 0..5 {
         append_until_taken(&provider).await;
         assert_ne!(schema.sql(&kill), "0");
@@ -92,19 +97,17 @@ async fn terminated_connections_are_replaced() {
 #[tokio::test]
 async fn after_a_call_that_broke_off_no_other_meets_a_broken_connection() {
     let schema = Schema::new();
-    let name = format!("application_{}", schema.options.schema);
-    let url = format!("{}?application_name={name}", schema.options.url);
-    let provider = PostgresProvider::open(Options { url, ..schema.options.clone() }).await.unwrap();
+    let (provider, kill) = mortal(&schema).await;
     let connections = &provider.store.connections;
     let lent = futures_util::future::join_all((0..4).map(|_| connections.lend())).await;
     lent.into_iter().for_each(|lent| lent.unwrap().give_back());
-    let kill =
-        format!("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = '{name}'");
     schema.sql(&kill);
-    provider.append(appends(1)).await.unwrap_err();
-    for _ in 0..4 {
-        provider.append(appends(1)).await.unwrap();
+    let mut broken = 0;
+    for _ in 0..5 {
+        broken += usize::from(provider.append(appends(1)).await.is_err());
     }
+    // None, where the store's own work met one first.
+    assert!(broken <= 1, "{broken} calls met a broken connection");
 }
 
 /// No call waits for ever: neither for a lock nor for a connection.

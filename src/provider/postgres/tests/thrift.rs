@@ -101,12 +101,12 @@ async fn large_claims_take_turns_and_none_waits_for_one_that_stands_still() {
     let (one, other) = (schema.provider().await, schema.provider().await);
     one.append(appends(600)).await.unwrap();
     let mut stopped = one.store.session().await.unwrap();
-    assert!(stopped.begin_turn("claim").await.unwrap());
+    assert!(stopped.begin_turn().await.unwrap());
     let mut waiting = other.store.session().await.unwrap();
-    assert!(!waiting.begin_turn("claim").await.unwrap());
+    assert!(!waiting.begin_turn().await.unwrap());
     assert_eq!(claim(&other, 300).await.len(), 300);
     stopped.commit().await.unwrap();
-    assert!(waiting.begin_turn("claim").await.unwrap());
+    assert!(waiting.begin_turn().await.unwrap());
     waiting.commit().await.unwrap();
     assert_eq!(claim(&one, 300).await.len(), 300);
 }
