@@ -3,7 +3,6 @@
 //! An attempt ends by itself, by its timeout, or by a panic that is caught here; in each case the worker lives on.
 
 use std::any::Any;
-use std::collections::VecDeque;
 use std::ops::Deref;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
@@ -96,36 +95,38 @@ pub(super) async fn work(shared: Arc<Shared>) {
 
 /// Makes the attempts of a job: in one call where the handler takes several, else one after the other. What they came
 /// to is settled in time, and what has not begun when one of them takes long is left to others.
-async fn attempts(shared: &Shared, me: &Me, job: Job, ended: &mut Vec<Ended>, slice: &mut Instant) -> Finished {
-    let Job { binding, mut leases, is_batch } = job;
-    let own = Own::new(&binding, me);
-    if is_batch {
-        batch(shared, &own, leases, ended, slice).await;
-        return Finished { binding, was_short: false };
+async fn attempts(shared: &Shared, me: &Me, mut job: Job, ended: &mut Vec<Ended>, slice: &mut Instant) -> Finished {
+    let own = Own::new(&job.binding, me);
+    if job.is_batch {
+        batch(shared, &own, &mut job, ended, slice).await;
+        return job.finished(false, Duration::ZERO);
     }
-    let (mut was_short, mut watch) = (true, Watch::start());
-    while let Some(lease) = leases.pop_front() {
-        attempt(shared, &own, &mut watch, lease, &mut leases, ended).await;
-        if ended.last().is_some_and(|last| last.duration > SHORT) {
+    let (mut was_short, mut took, mut watch) = (true, Duration::ZERO, Watch::start());
+    while let Some(lease) = job.leases.pop_front() {
+        attempt(shared, &own, &mut watch, lease, &mut job, ended).await;
+        let duration = ended.last().map_or(Duration::ZERO, |last| last.duration);
+        took += duration;
+        if duration > SHORT {
             was_short = false;
-            leave(shared, &binding, &mut leases).await;
+            leave(shared, &mut job).await;
         }
         if settle_in_time(shared, ended, slice).await {
             watch = Watch::start();
         }
     }
-    Finished { binding, was_short }
+    job.finished(was_short, took)
+}
+
+impl Job {
+    fn finished(self, was_short: bool, took: Duration) -> Finished {
+        Finished { binding: self.binding, was_short, took, is_brief: self.is_brief }
+    }
 }
 
 /// Makes attempts in one call, or each in its own where that does not work out.
-async fn batch(
-    shared: &Shared,
-    binding: &Arc<Own>,
-    leases: VecDeque<Lease>,
-    ended: &mut Vec<Ended>,
-    slice: &mut Instant,
-) {
+async fn batch(shared: &Shared, binding: &Arc<Own>, job: &mut Job, ended: &mut Vec<Ended>, slice: &mut Instant) {
     shared.settle(ended).await;
+    let leases = std::mem::take(&mut job.leases);
     let mut watch = Watch::start();
     let calls = leases.iter().map(|lease| call(binding, lease)).collect();
     if let Some(outcomes) = together(binding, calls).await.filter(|outcomes| outcomes.len() == leases.len()) {
@@ -140,14 +141,14 @@ async fn batch(
     }
     for lease in leases {
         // Nothing is left to others, who would try them in one call again.
-        attempt(shared, binding, &mut Watch::start(), lease, &mut VecDeque::new(), ended).await;
+        attempt(shared, binding, &mut Watch::start(), lease, job, ended).await;
         settle_in_time(shared, ended, slice).await;
     }
 }
 
 /// Leaves what has not begun to other workers.
-async fn leave(shared: &Shared, binding: &Binding, leases: &mut VecDeque<Lease>) {
-    let homeless = shared.lanes.give_back(binding, leases);
+async fn leave(shared: &Shared, job: &mut Job) {
+    let homeless = shared.lanes.give_back(job);
     if let Err(error) = shared.release(homeless).await {
         tracing::warn!(error = %error, "cannot give leases back; they expire by themselves");
     }
@@ -207,13 +208,13 @@ fn call(binding: &Own, lease: &Lease) -> Call {
     }
 }
 
-/// Makes one attempt. If it waits for something, the worker settles what it did and leaves the `rest` to others.
+/// Makes one attempt. If it waits for something, the worker settles what it did and leaves the rest of the job to others.
 async fn attempt(
     shared: &Shared,
     binding: &Arc<Own>,
     watch: &mut Watch,
     lease: Lease,
-    rest: &mut VecDeque<Lease>,
+    job: &mut Job,
     ended: &mut Vec<Ended>,
 ) {
     let outcome = {
@@ -223,7 +224,7 @@ async fn attempt(
             Some(outcome) => outcome.unwrap_or_else(|panic| panicked(&*panic)),
             None => {
                 let computes = watch.last.elapsed() > SHORT;
-                leave(shared, binding, rest).await;
+                leave(shared, job).await;
                 shared.settle(ended).await;
                 if computes {
                     // It would go on with that at once.

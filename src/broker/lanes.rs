@@ -28,6 +28,9 @@ const WANTS: usize = 256;
 /// The most deliveries that a worker takes at once where attempts are short.
 const RUN: usize = 16;
 
+/// How long the attempts of a job take at most that is worth waiting for: about as long as it takes to wake a thread.
+const BRIEF: Duration = Duration::from_micros(100);
+
 /// What a worker needs to make attempts for a subscription.
 pub(super) struct Binding {
     pub(super) name: Arc<str>,
@@ -55,6 +58,8 @@ pub(super) struct Job {
     pub(super) leases: VecDeque<Lease>,
     /// Whether all are for one call.
     pub(super) is_batch: bool,
+    /// Whether its attempts are expected to be short, so that nobody else is woken until the worker comes back.
+    pub(super) is_brief: bool,
 }
 
 /// A job that is done.
@@ -62,6 +67,10 @@ pub(super) struct Finished {
     pub(super) binding: Arc<Binding>,
     /// Whether none of its attempts took long.
     pub(super) was_short: bool,
+    /// How long all took.
+    pub(super) took: Duration,
+    /// Whether the lanes still count on it to be back soon.
+    pub(super) is_brief: bool,
 }
 
 struct Lane {
@@ -72,6 +81,8 @@ struct Lane {
     /// How many deliveries a worker takes at once: more while their attempts are short, since taking one costs as much as
     /// a short attempt.
     run: usize,
+    /// Whether the last of its jobs was done so soon that it would not have paid to wake somebody else meanwhile.
+    is_brief: bool,
     paused: bool,
     rate: Option<Rate>,
     window: Window,
@@ -96,6 +107,7 @@ impl Lane {
             running: 0,
             limit,
             run: 1,
+            is_brief: false,
             paused: known.subscription.paused,
             rate: known.subscription.rate.map(|rate| Rate::new(rate.get())),
             window: Window::new(limit, buffer),
@@ -153,6 +165,8 @@ struct State {
     turns: VecDeque<LaneId>,
     queued: usize,
     running: usize,
+    /// Of those that run, jobs that are expected to be brief.
+    brief: usize,
     /// Claims on their way.
     claims: usize,
     /// How many lanes they are for.
@@ -249,6 +263,7 @@ impl Lanes {
             turns,
             queued: 0,
             running: 0,
+            brief: 0,
             claims: 0,
             claiming: 0,
             share: buffer,
@@ -292,8 +307,16 @@ impl Lanes {
         self.wake_worker(state);
     }
 
+    /// Wakes a worker, unless one comes anyway: one that makes short attempts is back sooner than another is awake, and what is
+    /// queued is no more than it takes. Should its handler keep the thread after all, the next poll wakes another.
+    fn wake_worker(&self, state: MutexGuard<'_, State>) {
+        if state.brief == 0 || state.queued >= RUN {
+            self.wake_another(state);
+        }
+    }
+
     /// Wakes a worker unless one is on its way, or all are busy.
-    fn wake_worker(&self, mut state: MutexGuard<'_, State>) {
+    fn wake_another(&self, mut state: MutexGuard<'_, State>) {
         if state.searching || state.running >= self.max_workers {
             return;
         }
@@ -422,7 +445,7 @@ impl Lanes {
         state.claims -= 1;
         state.claiming -= places.len();
         if wake && !state.turns.is_empty() {
-            self.wake_worker(state);
+            self.wake_another(state);
         } else {
             self.note_idle(&state);
         }
@@ -475,26 +498,31 @@ impl Lanes {
         (turn, hungry)
     }
 
-    /// Queues again, before all others, what a worker took that is kept by the one before it; returns what has no lane any
-    /// more.
-    pub(super) fn give_back(&self, binding: &Binding, leases: &mut VecDeque<Lease>) -> Vec<Lease> {
-        if leases.is_empty() {
+    /// Counts no longer on this job to be done soon, and queues again, before all others, what its worker took and does not get
+    /// to; returns what has no lane any more.
+    pub(super) fn give_back(&self, job: &mut Job) -> Vec<Lease> {
+        if job.leases.is_empty() && !job.is_brief {
             return Vec::new();
         }
         let (since, mut state) = (Instant::now(), self.lock());
-        let closed = state.closed;
-        let Some(lane) = state.lane(binding.lane).filter(|lane| !lane.paused && !closed) else {
-            return leases.drain(..).collect();
-        };
-        let count = leases.len();
-        lane.run = 1;
-        while let Some(lease) = leases.pop_back() {
-            lane.queue.push_front(Queued { lease, since });
+        state.brief -= usize::from(std::mem::take(&mut job.is_brief));
+        let (id, closed) = (job.binding.lane, state.closed);
+        let mut homeless = Vec::new();
+        if let Some(lane) = state.lane(id).filter(|lane| !lane.paused && !closed) {
+            let count = job.leases.len();
+            (lane.run, lane.is_brief) = (1, false);
+            while let Some(lease) = job.leases.pop_back() {
+                lane.queue.push_front(Queued { lease, since });
+            }
+            state.queued += count;
+            state.take_turn(id);
+        } else {
+            homeless.extend(job.leases.drain(..));
         }
-        state.queued += count;
-        state.take_turn(binding.lane);
-        self.wake_worker(state);
-        Vec::new()
+        if state.news || !state.turns.is_empty() {
+            self.wake_worker(state);
+        }
+        homeless
     }
 
     /// Waits for something to do.
@@ -607,10 +635,12 @@ impl State {
         }
     }
 
-    fn finish(&mut self, Finished { binding, was_short }: &Finished) {
+    fn finish(&mut self, Finished { binding, was_short, took, is_brief }: &Finished) {
+        self.brief -= usize::from(*is_brief);
         if let Some(lane) = self.lane(binding.lane) {
             lane.running = lane.running.saturating_sub(1);
             lane.run = if *was_short { (2 * lane.run).min(RUN) } else { 1 };
+            lane.is_brief = *was_short && *took <= BRIEF;
         }
         self.running = self.running.saturating_sub(1);
         self.take_turn(binding.lane);
@@ -628,6 +658,7 @@ impl State {
             let (now, mut leases) = (Instant::now(), VecDeque::new());
             let batch = lane.binding.handler.max_batch();
             let most = if batch > 1 { batch } else { lane.run };
+            let is_brief = batch == 1 && lane.is_brief;
             while leases.len() < most
                 && let Some(Queued { lease, since }) = lane.queue.pop_front()
             {
@@ -642,7 +673,8 @@ impl State {
             self.queued -= leases.len();
             self.running += 1;
             self.take_turn(id);
-            return Some((Job { binding, is_batch: batch > 1 && leases.len() > 1, leases }, hungry));
+            self.brief += usize::from(is_brief);
+            return Some((Job { binding, is_batch: batch > 1 && leases.len() > 1, is_brief, leases }, hungry));
         }
         None
     }

@@ -668,6 +668,72 @@ async fn deliveries_that_a_worker_took_together_do_not_wait_for_one_that_waits()
     assert_eq!((handled.load(Ordering::SeqCst), rig.status("slow").await), (301, Status::Completed));
 }
 
+/// While attempts are short nobody but the worker that makes them is woken for what comes meanwhile. One that turns out to wait
+/// leaves that to others at once.
+#[tokio::test(start_paused = true)]
+async fn what_comes_while_an_attempt_begins_is_not_kept_waiting_when_that_waits() {
+    let rig = Rig::with(Options { poll: Duration::from_secs(3600), ..options() }, memory::Options::default()).await;
+    let (gate, handled, broker) = (Arc::new(Semaphore::new(0)), calls(), rig.broker.clone());
+    let (opened, counted) = (Arc::clone(&gate), Arc::clone(&handled));
+    let handler = native(move |call: Call| {
+        let (gate, handled, broker) = (Arc::clone(&opened), Arc::clone(&counted), broker.clone());
+        async move {
+            if call.event.id.as_str() == "slow" {
+                for _ in 0..3 {
+                    broker.publish(event("a.b")).await?;
+                }
+                gate.acquire().await?.forget();
+            }
+            handled.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+    });
+    rig.on("s", "a.*", handler).await;
+    for _ in 0..100 {
+        rig.broker.publish(event("a.b")).await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    rig.broker.publish(event_with_id("a.b", "slow")).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!((handled.load(Ordering::SeqCst), rig.status("slow").await), (103, Status::Processing));
+    gate.add_permits(1);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!((handled.load(Ordering::SeqCst), rig.status("slow").await), (104, Status::Completed));
+}
+
+/// A handler that keeps its thread, which it must not, keeps what comes meanwhile from others until the next poll only.
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn what_comes_while_a_handler_blocks_its_thread_waits_for_a_poll_at_most() {
+    let rig = Rig::with(Options { poll: Duration::from_millis(50), ..options() }, memory::Options::default()).await;
+    let (send, receive) = std::sync::mpsc::channel();
+    let (receive, handled, broker) = (Arc::new(Mutex::new(receive)), calls(), rig.broker.clone());
+    let counted = Arc::clone(&handled);
+    let handler = native(move |call: Call| {
+        let (send, receive, broker, handled) =
+            (send.clone(), Arc::clone(&receive), broker.clone(), Arc::clone(&counted));
+        async move {
+            match call.event.id.as_str() {
+                "blocks" => {
+                    broker.publish(event_with_id("a.b", "meanwhile")).await?;
+                    receive.lock().unwrap().recv_timeout(Duration::from_secs(60))?;
+                }
+                "meanwhile" => send.send(())?,
+                _ => {}
+            }
+            handled.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+    });
+    rig.on("s", "a.*", handler).await;
+    for _ in 0..100 {
+        rig.handled(event("a.b")).await;
+    }
+    let detail = rig.handled(event_with_id("a.b", "blocks")).await;
+    assert_eq!((detail.record.status, detail.deliveries[0].attempts.len()), (Status::Completed, 1));
+    assert_eq!(rig.status("meanwhile").await, Status::Completed);
+    assert_eq!(handled.load(Ordering::SeqCst), 102);
+}
+
 /// Subscriptions with a backlog each claim the deliveries of the same events at the same time, and none takes the others' room.
 #[tokio::test(start_paused = true)]
 async fn subscriptions_with_much_to_do_claim_together_and_leave_each_other_room() {
