@@ -387,7 +387,7 @@ impl Lanes {
         if !state.has_to_claim(now) {
             return wanted;
         }
-        let share = state.share;
+        let (share, any_ran_dry) = (state.share, state.some_ran_dry());
         for _ in 0..state.hinted.len() {
             let Some(id) = state.hinted.pop_front() else { break };
             let Some(lane) = state.lane(id) else { continue };
@@ -396,7 +396,8 @@ impl Lanes {
                 state.hinted.push_back(id);
                 continue;
             }
-            if lane.filled && lane.queue.is_empty() {
+            // Lanes that get the same events stay in step: those that are nearly through count as dry when one is.
+            if any_ran_dry && lane.filled && lane.queue.len() <= lane.window.within(share) / 2 {
                 lane.window.ran_dry();
             }
             (lane.hinted, lane.claiming) = (false, true);
@@ -611,6 +612,12 @@ impl State {
         hinted.iter().any(|&id| lane(id) == Some(true))
     }
 
+    /// Whether a lane that would claim has nothing left of all that it asked for.
+    fn some_ran_dry(&self) -> bool {
+        let mut hinted = self.hinted.iter().filter_map(|&id| self.lanes.get(id)?.as_ref());
+        hinted.any(|lane| lane.filled && lane.queue.is_empty() && !lane.paused && !lane.claiming)
+    }
+
     fn claimed(&mut self, id: LaneId, room: usize) {
         let Some(lane) = self.lane(id) else { return };
         let count = std::mem::take(&mut lane.given);
@@ -684,5 +691,61 @@ impl State {
         let leases: Vec<Lease> = lane.queue.drain(..).map(|queued| queued.lease).collect();
         self.queued -= leases.len();
         leases
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::routing::Router;
+    use super::*;
+    use crate::event::{Event, Payload, Source};
+    use crate::handler::native;
+    use crate::provider::LeaseKey;
+    use crate::provider::memory::MemoryProvider;
+    use crate::subscription::Subscription;
+
+    fn lease(subscription: &Arc<str>, seq: u64) -> Lease {
+        let event = Event::new(Source::Internal, "a.b".parse().unwrap(), Payload::default());
+        let key = LeaseKey { seq, subscription: Arc::clone(subscription), token: seq };
+        let (event, age) = (Arc::new(event), Duration::ZERO);
+        Lease { event, key, attempt: 1, number: 1, infra_faults: 0, age, is_replay: false }
+    }
+
+    /// Lanes that claim the same number go on getting the deliveries of the same events.
+    #[tokio::test]
+    async fn a_lane_that_is_nearly_through_claims_as_much_as_one_that_is_done() {
+        let provider = MemoryProvider::open(crate::provider::memory::Options::default()).unwrap();
+        let router = Router::load(&provider).await.unwrap();
+        let lanes = Lanes::new(10, 4_000, Metrics::default());
+        for name in ["done", "nearly"] {
+            let declared = Subscription::new(name, "*".parse().unwrap());
+            let (known, _) = router.declare(&provider, declared).await.unwrap();
+            lanes.bind(&known, native(|_| async { Ok(()) }), &Options::default());
+        }
+        let (mut rooms, mut seq) = (Vec::new(), 0);
+        for _ in 0..9 {
+            let at = Instant::now();
+            let Wanted { wants, places } = lanes.wants(at);
+            rooms.push(wants.iter().map(|want| want.room).collect::<Vec<_>>());
+            let request = ClaimRequest { worker: "w".into(), lease: Duration::from_secs(30), wants };
+            let mut leases = Vec::new();
+            for want in &request.wants {
+                for _ in 0..want.room {
+                    seq += 1;
+                    leases.push(lease(&want.subscription, seq));
+                }
+            }
+            let homeless = lanes.accept(Claim { request: &request, places: &places, leases, at }, false);
+            assert!(homeless.is_empty());
+            let mut state = lanes.lock();
+            for (id, left) in [0, 2].into_iter().enumerate() {
+                let queue = &mut state.lane(id).unwrap().queue;
+                let taken = queue.len() - left;
+                queue.truncate(left);
+                state.queued -= taken;
+            }
+        }
+        assert!(rooms.iter().all(|rooms| rooms.len() == 2 && rooms[0] == rooms[1]), "{rooms:?}");
+        assert!(rooms[8][0] > 1_000, "{rooms:?}");
     }
 }

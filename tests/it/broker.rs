@@ -769,6 +769,9 @@ async fn subscriptions_with_much_to_do_claim_together_and_leave_each_other_room(
     let together = claims.iter().filter(|claim| claim.len() == NAMES.len()).count();
     assert!(claims.len() >= EVENTS * NAMES.len() / (BUFFER + 4 * workers), "{claims:?}");
     assert!(together * 10 >= claims.len() * 9, "{together} of {}: {claims:?}", claims.len());
+    // And as much each, so that they go on getting the deliveries of the same events.
+    let uneven = claims.iter().filter(|claim| claim.iter().any(|(_, room)| *room != claim[0].1)).count();
+    assert_eq!(uneven, 0, "{claims:?}");
     let most = claims.iter().flatten().map(|(_, room)| *room).max().unwrap();
     assert!(most <= BUFFER / NAMES.len() + workers, "{most}: {claims:?}");
     let apart = apart.load(Ordering::SeqCst);
