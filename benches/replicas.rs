@@ -19,7 +19,7 @@ use crate::{peer, postgres, support};
 /// Each matches every event.
 pub(crate) const SUBSCRIPTIONS: [&str; 4] = ["billing", "mail", "search", "stock"];
 
-const EVENTS: usize = 25_000;
+const EVENTS: usize = 50_000;
 const BATCH: usize = 500;
 
 /// How long processes may say nothing: one that hangs ends the benchmark with an error, and not never.
@@ -33,7 +33,7 @@ pub(crate) fn run() {
     let server = Postgres::start(Fsync::On);
     let mut least: f64 = 1.0;
     support::compare(
-        "PostgreSQL, drain of 25,000 × 4 deliveries, 3 processes against 1",
+        "PostgreSQL, drain of 50,000 × 4 deliveries, 3 processes against 1",
         "≥ 0.9",
         || {
             let (rate, share) = drain(&runtime, &server, 3);

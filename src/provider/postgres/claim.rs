@@ -122,10 +122,6 @@ const RENEW: &str = concat!(
       RETURNING d.seq, d.subscription, d.token"
 );
 
-/// Claims of so many deliveries take turns with those of other processes: two at a time go through what the other is leasing,
-/// row by row, to find that it is not theirs.
-const MUCH: usize = 256;
-
 /// The most deliveries of a subscription that one claim makes ready or takes from those who lost them.
 const CATCH_UP: i64 = 5_000;
 
@@ -137,7 +133,8 @@ struct Look {
 }
 
 impl Look {
-    fn read(row: &PgRow) -> sqlx::Result<Self> {
+    fn read(rows: &[PgRow]) -> sqlx::Result<Self> {
+        let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
         Ok(Self { now: row.try_get(0)?, due: row.try_get(1)?, lease_end: row.try_get(2)? })
     }
 
@@ -218,10 +215,11 @@ impl Store {
             let (count, highest) = leased.entry(&lease.key.subscription).or_default();
             (*count, *highest) = (*count + 1, (*highest).max(signed(lease.key.seq)));
         }
-        let mut fronts = self.fronts();
+        let (mut fronts, mut took_all) = (self.fronts(), true);
         for ask in asks {
             let leased = leased.get(&*ask.want.subscription);
             let (last, is_full) = (leased.map(|&(_, highest)| highest), leased.map_or(0, |one| one.0) >= ask.room());
+            took_all &= !is_full || ask.room() == 0;
             let known = if ask.reach.looks { [look.due, look.lease_end] } else { [ask.reach.next, None] };
             // In the order of keys more is leased afterwards.
             let leases_more = last.is_some() || ask.want.ordering == Ordering::Key;
@@ -229,6 +227,7 @@ impl Store {
             let seen = Seen { subscription: ask.number, reach: ask.reach, last, is_full, next };
             fronts.keep(generation, began, look.now, seen);
         }
+        self.turn.claimed(took_all);
     }
 
     /// A statement that leases, with the first four parameters.
@@ -247,17 +246,22 @@ impl Session<'_> {
         let mut claimed = Claimed::default();
         let mut began = Instant::now();
         let room = request.wants.iter().map(|want| want.room).fold(0, usize::saturating_add);
-        let is_turn = room >= MUCH && self.begin_turn().await?;
-        let mut look = self.lease_oldest(request, &asks, &names, false, &mut claimed.leases).await?;
+        let is_turn = self.store.turn.is_due(request.wants.len(), room) && self.begin_turn().await?;
+        let rows = self.lease_oldest(request, &asks, false).await?;
         if is_turn {
+            // Nobody has to wait until the rows are read.
             self.commit().await?;
         }
+        let mut look = Look::read(&rows)?;
+        read_leases(&rows, &names, &mut claimed.leases)?;
         if look.is_past() {
             claimed.lost = self.catch_up(&numbers, &names).await?;
             generation = self.store.forget_fronts(numbers.values().copied());
             asks.iter_mut().for_each(|ask| ask.reach = Reach::FULL);
             began = Instant::now();
-            look = self.lease_oldest(request, &asks, &names, true, &mut claimed.leases).await?;
+            let rows = self.lease_oldest(request, &asks, true).await?;
+            look = Look::read(&rows)?;
+            read_leases(&rows, &names, &mut claimed.leases)?;
         }
         let own = look.now.saturating_add(as_micros(request.lease));
         self.store.keep(generation, began, &look, own, &asks, &claimed.leases);
@@ -274,14 +278,7 @@ impl Session<'_> {
     }
 
     /// Leases for those who want no order of keys, and looks how all stand.
-    async fn lease_oldest(
-        &mut self,
-        request: &ClaimRequest,
-        asks: &[Ask<'_>],
-        names: &Names,
-        all_the_same: bool,
-        leases: &mut Vec<Lease>,
-    ) -> Step<Look> {
+    async fn lease_oldest(&mut self, request: &ClaimRequest, asks: &[Ask<'_>], all_the_same: bool) -> Step<Vec<PgRow>> {
         let statement = self
             .store
             .leasing(LEASE_OLDEST, request)
@@ -290,9 +287,7 @@ impl Session<'_> {
             .bind(asks.iter().map(|ask| ask.reach.floor).collect::<Vec<_>>())
             .bind(asks.iter().map(|ask| ask.reach.looks).collect::<Vec<_>>())
             .bind(all_the_same);
-        let rows = self.rows(statement).await?;
-        read_leases(&rows, names, leases)?;
-        Ok(Look::read(rows.first().ok_or(sqlx::Error::RowNotFound)?)?)
+        self.rows(statement).await
     }
 
     /// Leases the oldest ready deliveries that have no key, or whose key has no earlier open one.

@@ -23,6 +23,7 @@ mod row;
 mod session;
 mod settle;
 mod trouble;
+mod turn;
 mod watch;
 
 use std::sync::Arc;
@@ -41,6 +42,7 @@ use self::front::Fronts;
 use self::lend::Connections;
 use self::listen::Relay;
 use self::trouble::{Step, Turns};
+use self::turn::Turn;
 use super::finding::Opening;
 use super::{
     Amendment, Append, Appended, Capabilities, ClaimRequest, Claimed, Clock, DeadLetterFilter, DeadLetterPage,
@@ -136,6 +138,7 @@ struct Store {
     /// The numbers of subscriptions.
     names: Mutex<Numbers>,
     fronts: Mutex<Fronts>,
+    turn: Turn,
     wake: channel::Sender<u64>,
     relay: Relay,
     is_closed: AtomicBool,
@@ -173,12 +176,25 @@ impl PostgresProvider {
         let open::Opened { pool, schema, place, server } = open::open(&options, opening).await?;
         let limit = options.statement_timeout.saturating_add(SLACK);
         let every = options.poll_interval.max(Duration::from_millis(1));
-        let (names, fronts) = (Mutex::default(), Mutex::default());
+        let (names, fronts, turn) = (Mutex::default(), Mutex::default(), Turn::default());
         let (wake, is_closed) = (channel::Sender::new(0), AtomicBool::new(false));
         let connections = Arc::new(Connections::new(pool, options.max_connections, options.acquire_timeout));
         let relay = Relay::start(&connections, &options.schema, &wake).await;
-        let store =
-            Store { connections, schema, place, server, limit, clock, names, fronts, wake, relay, is_closed, options };
+        let store = Store {
+            connections,
+            schema,
+            place,
+            server,
+            limit,
+            clock,
+            names,
+            fronts,
+            turn,
+            wake,
+            relay,
+            is_closed,
+            options,
+        };
         let store = Arc::new(store);
         tokio::spawn(watch::run(Arc::downgrade(&store), every));
         Ok(Self { store })

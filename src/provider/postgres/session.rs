@@ -1,7 +1,7 @@
 //! One call's connection: every statement on it has a bound, and what is left half done is not used again.
 //!
 //! The order in which transactions lock rows is the same everywhere, so that none can wait for one that waits for it:
-//! the advisory lock of operators or of large claims, `deliveries` by seq and subscription, `documents` by name,
+//! the advisory lock of operators or the lock of claims, `deliveries` by seq and subscription, `documents` by name,
 //! `progress` by seq, and `head` last.
 //!
 //! Statements of every event are written so that the server keeps one plan for them and does not make it anew for each call,
@@ -124,20 +124,23 @@ impl Session<'_> {
         self.execute(lock).await.map(drop)
     }
 
-    /// Begins the transaction of a large claim, of which there is one at a time over all processes. `false`, and no
+    /// Begins the transaction of a claim that has its turn, of which there is one at a time over all processes. `false`, and no
     /// transaction, when another one takes long: a process that stands still must not hold up the others.
     pub(super) async fn begin_turn(&mut self) -> Step<bool> {
-        let name = format!("tidegate claim {}", self.store.schema).replace('\'', "''");
+        // Not an advisory lock: that is waited for with a snapshot, behind which the server cannot clean up, while a
+        // connection that knows the table waits for it with none. Writers do not mind this lock.
         let begun = self
             .begin_with(&format!(
-                "BEGIN; SET LOCAL lock_timeout = '{}ms'; SELECT pg_advisory_xact_lock(hashtextextended('{name}', 0)); \
-                 SET LOCAL lock_timeout = DEFAULT",
+                "BEGIN; SET LOCAL lock_timeout = '{}ms'; \
+                 LOCK TABLE {}.subscriptions IN SHARE UPDATE EXCLUSIVE MODE; SET LOCAL lock_timeout = DEFAULT",
                 TURN.as_millis(),
+                self.store.schema,
             ))
             .await;
         match begun {
             Ok(()) => Ok(true),
             Err(Trouble::Crossed(_)) => {
+                self.store.turn.missed();
                 self.plain("ROLLBACK").await?;
                 self.in_transaction = false;
                 Ok(false)
@@ -168,8 +171,8 @@ impl Session<'_> {
     }
 }
 
-/// How long another process's turn is waited for.
-const TURN: Duration = Duration::from_millis(100);
+/// How long other processes' turns are waited for: many claims of thousands.
+const TURN: Duration = Duration::from_secs(1);
 
 /// How much longer than other statements an operator's may take.
 const OPERATING: u32 = 10;

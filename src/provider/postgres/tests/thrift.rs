@@ -102,12 +102,15 @@ async fn large_claims_take_turns_and_none_waits_for_one_that_stands_still() {
     one.append(appends(600)).await.unwrap();
     let mut stopped = one.store.session().await.unwrap();
     assert!(stopped.begin_turn().await.unwrap());
-    let mut waiting = other.store.session().await.unwrap();
-    assert!(!waiting.begin_turn().await.unwrap());
+    assert!(other.store.turn.is_due(1, 300));
     assert_eq!(claim(&other, 300).await.len(), 300);
+    // Nor does it wait again soon.
+    assert!(!other.store.turn.is_due(1, 300));
     stopped.commit().await.unwrap();
-    assert!(waiting.begin_turn().await.unwrap());
-    waiting.commit().await.unwrap();
+    let mut next = other.store.session().await.unwrap();
+    assert!(next.begin_turn().await.unwrap());
+    next.commit().await.unwrap();
+    assert!(one.store.turn.is_due(1, 300));
     assert_eq!(claim(&one, 300).await.len(), 300);
 }
 
