@@ -5,7 +5,6 @@
 //! again. A settlement does wait for the disk, and by then so does all that was written before it.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use tokio::time::Instant;
 
 use super::append::Numbers;
 use super::front::{Reach, Seen};
-use super::row::{self, EVENT_WIDTH, as_micros, counter, limit, signed, unsigned};
+use super::row::{self, as_micros, counter, limit, signed, unsigned};
 use super::session::{Session, Statement};
 use super::settle::End;
 use super::trouble::Step;
@@ -37,11 +36,19 @@ macro_rules! lease {
         ", leased AS (UPDATE {s}.deliveries d SET stage = 2, token = $4 # ((d.seq << 20) | d.subscription), \
           claimed_at = now.at, lease_end = now.at + $3, worker = $2, fresh = d.started_at IS NULL, \
           started_at = coalesce(d.started_at, now.at) \
-          FROM picked p CROSS JOIN now JOIN {s}.events e ON e.seq = ANY(ARRAY[p.seq]) \
-          WHERE d.seq = ANY(ARRAY[p.seq]) AND d.subscription = p.subscription \
-          RETURNING {event}, d.subscription, d.token, d.tries, d.infra, d.number, d.replay, d.fresh, d.alone), \
+          FROM picked p CROSS JOIN now WHERE d.seq = ANY(ARRAY[p.seq]) AND d.subscription = p.subscription \
+          RETURNING d.seq, d.subscription, d.token, d.tries, d.infra, d.number, d.replay, d.fresh, d.alone), \
+         leases AS (SELECT l.seq, l.subscription, l.token, l.tries, l.infra, l.number, l.replay, \
+          CASE row_number() OVER (PARTITION BY l.seq) WHEN 1 THEN l.seq END AS first FROM leased l), \
          begun AS (UPDATE {s}.progress p SET begun = p.begun + b.count FROM (SELECT seq, count(*) AS count \
           FROM leased WHERE fresh AND NOT alone GROUP BY seq ORDER BY seq) b WHERE p.seq = ANY(ARRAY[b.seq])) "
+    };
+}
+
+/// A lease, with its event unless that stands beside another lease on it.
+macro_rules! told {
+    () => {
+        "l.seq, l.subscription, l.token, l.tries, l.infra, l.number, l.replay, {event}"
     };
 }
 
@@ -64,7 +71,9 @@ const LEASE_OLDEST: &str = concat!(
       WHERE (c.subscription, c.seq) >= (w.subscription, w.floor) AND c.subscription <= w.subscription AND c.stage = 0 \
       ORDER BY c.subscription, c.seq LIMIT CASE WHEN (SELECT is_open FROM gate) THEN w.room ELSE 0 END FOR UPDATE SKIP LOCKED) r)",
     lease!(),
-    "SELECT now.at, look.due, look.lease_end, x.* FROM look CROSS JOIN now LEFT JOIN leased x ON true"
+    "SELECT now.at, look.due, look.lease_end, ",
+    told!(),
+    " FROM look CROSS JOIN now LEFT JOIN leases l ON true LEFT JOIN {s}.events e ON e.seq = ANY(ARRAY[l.first])"
 );
 
 /// Leases those of a list (`$6`) that are ready still and that no earlier one of their key stands before, in a
@@ -76,7 +85,9 @@ const LEASE_LIST: &str = concat!(
       SELECT 1 FROM {s}.deliveries h WHERE h.subscription = c.subscription AND h.key = c.key AND h.key IS NOT NULL \
       AND h.stage < 3 AND h.seq < c.seq)) ORDER BY c.seq LIMIT $7 FOR UPDATE SKIP LOCKED)",
     lease!(),
-    "SELECT now.at, NULL::bigint, NULL::bigint, x.* FROM now CROSS JOIN leased x"
+    "SELECT now.at, NULL::bigint, NULL::bigint, ",
+    told!(),
+    " FROM now CROSS JOIN leases l LEFT JOIN {s}.events e ON e.seq = ANY(ARRAY[l.first])"
 );
 
 /// The oldest `$2` ready deliveries of a subscription, and whether each may be leased.
@@ -366,29 +377,31 @@ impl Session<'_> {
     }
 }
 
-/// Adds the leases of these rows.
+/// Adds the leases of these rows. One event goes to many subscriptions, mostly at the same time, and comes once.
 fn read_leases(rows: &[PgRow], names: &Names, leases: &mut Vec<Lease>) -> sqlx::Result<()> {
-    const EVENT: usize = 3;
-    const WORK: usize = EVENT + EVENT_WIDTH;
-    // One event goes to many subscriptions, mostly at the same time.
-    let mut known: HashMap<i64, Arc<Event>> = HashMap::new();
+    const LEASE: usize = 3;
+    const EVENT: usize = LEASE + 7;
+    let mut events: HashMap<i64, (Arc<Event>, i64)> = HashMap::with_capacity(rows.len());
     for row in rows {
-        let Some(seq) = row.try_get::<Option<i64>, _>(EVENT)? else { continue };
-        let (now, appended_at): (i64, i64) = (row.try_get(0)?, row.try_get(EVENT + 5)?);
-        let (number, token): (i32, i64) = (row.try_get(WORK)?, row.try_get(WORK + 1)?);
-        let event = match known.entry(seq) {
-            Entry::Occupied(known) => Arc::clone(known.get()),
-            Entry::Vacant(new) => Arc::clone(new.insert(Arc::new(row::event(row, EVENT)?))),
-        };
+        if let Some(seq) = row.try_get::<Option<i64>, _>(EVENT)? {
+            events.insert(seq, (Arc::new(row::event(row, EVENT)?), row.try_get(EVENT + 5)?));
+        }
+    }
+    leases.reserve(rows.len());
+    for row in rows {
+        let Some(seq) = row.try_get::<Option<i64>, _>(LEASE)? else { continue };
+        let (now, number, token): (i64, i32, i64) = (row.try_get(0)?, row.try_get(LEASE + 1)?, row.try_get(LEASE + 2)?);
+        // What has no event in a damaged store becomes a dead letter in time, and keeps nothing else from being leased.
+        let Some((event, appended_at)) = events.get(&seq) else { continue };
         let subscription = names.get(&number).map(Arc::clone).unwrap_or_default();
         leases.push(Lease {
-            key: LeaseKey { seq: event.seq.unwrap_or_default(), subscription, token: token.cast_unsigned() },
-            event,
-            attempt: counter(row, WORK + 2)? + 1,
-            number: counter(row, WORK + 4)? + 1,
-            infra_faults: counter(row, WORK + 3)?,
-            age: Duration::from_micros(unsigned(now.saturating_sub(appended_at))),
-            is_replay: row.try_get(WORK + 5)?,
+            key: LeaseKey { seq: unsigned(seq), subscription, token: token.cast_unsigned() },
+            event: Arc::clone(event),
+            attempt: counter(row, LEASE + 3)? + 1,
+            infra_faults: counter(row, LEASE + 4)?,
+            number: counter(row, LEASE + 5)? + 1,
+            age: Duration::from_micros(unsigned(now.saturating_sub(*appended_at))),
+            is_replay: row.try_get(LEASE + 6)?,
         });
     }
     Ok(())
