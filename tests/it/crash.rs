@@ -34,7 +34,7 @@ async fn twenty_kills_of_the_host_and_five_of_redis_lose_no_acknowledged_event()
 async fn kills(folder: &Path, provider: &str, mut redis: Option<RedisServer>) {
     let arguments = orders::prepare(folder, "only", provider);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let history = Arc::new(History::default());
+    let (history, mut kills) = (Arc::new(History::default()), Vec::new());
     let mut rng = rand::rngs::SmallRng::seed_from_u64(20);
     for round in 0..ROUNDS {
         let server = Arc::new(tokio::sync::Mutex::new(Server::start(folder, &arguments).await));
@@ -52,13 +52,24 @@ async fn kills(folder: &Path, provider: &str, mut redis: Option<RedisServer>) {
             tokio::time::sleep(Duration::from_millis(rng.random_range(0..400))).await;
         }
         server.lock().await.kill();
+        kills.push(jiff::Timestamp::now());
         for publisher in publishers {
             publisher.await.unwrap();
         }
     }
     let server = Server::start(folder, &arguments).await;
-    orders::quiet(&server).await;
-    // A delivery that four kills happened to hit waits for an operator, as it should: he has it handled.
+    // A delivery that four kills happened to hit waits for an operator: he has it handled. One whose lease ran out while its
+    // server lived is a fault.
+    for (id, detail) in orders::settled(&server).await {
+        let deliveries = detail["deliveries"].as_array().unwrap().iter();
+        for lost in
+            deliveries.flat_map(|one| one["attempts"].as_array().unwrap()).filter(|one| one["verdict"] == "lost")
+        {
+            let began: jiff::Timestamp = lost["started_at"].as_str().unwrap().parse().unwrap();
+            let ended = began + Duration::from_micros(lost["duration_us"].as_u64().unwrap());
+            assert!(kills.iter().any(|kill| (began..=ended).contains(kill)), "{id}: no kill during {lost}; {kills:?}");
+        }
+    }
     let redrive = reqwest::Client::new().post(format!("{}/v1/dead-letters/redrive", server.url));
     let answer = redrive.json(&serde_json::json!({"verdict": "lost"})).send().await.unwrap();
     assert_eq!(answer.status(), 200);
