@@ -46,3 +46,23 @@ impl Turn {
         self.0.lock().pause = Some(Instant::now() + PAUSE);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_is_due_for_much_and_for_several_while_there_is_a_backlog() {
+        let turn = Turn::default();
+        let due = || [turn.is_due(1, MUCH), turn.is_due(2, 10), turn.is_due(1, 10)];
+        assert_eq!(due(), [true, true, false]);
+        turn.claimed(true);
+        assert_eq!(due(), [true, false, false]);
+        turn.claimed(false);
+        assert_eq!(due(), [true, true, false]);
+        turn.missed();
+        assert_eq!(due(), [false, false, false]);
+        tokio::time::advance(PAUSE).await;
+        assert_eq!(due(), [true, true, false]);
+    }
+}
