@@ -391,7 +391,7 @@ fn read_leases(rows: &[PgRow], names: &Names, leases: &mut Vec<Lease>) -> sqlx::
     for row in rows {
         let Some(seq) = row.try_get::<Option<i64>, _>(LEASE)? else { continue };
         let (now, number, token): (i64, i32, i64) = (row.try_get(0)?, row.try_get(LEASE + 1)?, row.try_get(LEASE + 2)?);
-        // What has no event in a damaged store becomes a dead letter in time, and keeps nothing else from being leased.
+        // What has no event in a damaged store keeps nothing else from being leased; its own lease runs out.
         let Some((event, appended_at)) = events.get(&seq) else { continue };
         let subscription = names.get(&number).map(Arc::clone).unwrap_or_default();
         leases.push(Lease {

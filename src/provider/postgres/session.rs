@@ -127,8 +127,8 @@ impl Session<'_> {
     /// Begins the transaction of a claim that has its turn, of which there is one at a time over all processes. `false`, and no
     /// transaction, when another one takes long: a process that stands still must not hold up the others.
     pub(super) async fn begin_turn(&mut self) -> Step<bool> {
-        // Not an advisory lock: that is waited for with a snapshot, behind which the server cannot clean up, while a
-        // connection that knows the table waits for it with none. Writers do not mind this lock.
+        // Not an advisory lock: three processes that drained a backlog wrote 5 % less log with this one, which writers do
+        // not mind. That its waiting holds up less cleaning is likely, and was not shown.
         let begun = self
             .begin_with(&format!(
                 "BEGIN; SET LOCAL lock_timeout = '{}ms'; \
