@@ -6,11 +6,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
 use serde_json::Value;
+use tokio::sync::Notify;
 
 /// What publishers tried, and what they were told.
 #[derive(Default)]
 pub(crate) struct History {
     told: Mutex<Told>,
+    news: Notify,
 }
 
 #[derive(Default)]
@@ -28,6 +30,18 @@ impl History {
     /// Notes that the server acknowledged the event with this seq.
     pub(crate) fn acknowledged(&self, id: &str, seq: u64) {
         self.told.lock().unwrap().acknowledged.insert(id.to_owned(), seq);
+        self.news.notify_waiters();
+    }
+
+    /// Waits until that many events were acknowledged.
+    pub(crate) async fn reaches(&self, count: usize) {
+        loop {
+            let news = self.news.notified();
+            if self.count() >= count {
+                return;
+            }
+            news.await;
+        }
     }
 
     /// How many events were acknowledged.
