@@ -24,24 +24,30 @@ const HINT_DEBOUNCE: Duration = Duration::from_millis(10);
 /// How often an inbox is looked into whose writers nobody hears of. An event waits half of it on average.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
+/// How soon such an inbox is looked into again where something was found: while events keep coming, each waits for the look that
+/// is on its way and for the next one, and not for a pause in between as well.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+
 /// How long to leave a store alone that has just failed.
 const STORE_PAUSE: Duration = Duration::from_millis(500);
 
 /// Routes until `stop` turns true. Ends at once where there is no inbox.
 pub(super) async fn run(shared: Arc<Shared>, mut stop: watch::Receiver<bool>) {
-    let (pause, patience) = match shared.capabilities.inbox {
+    // How long to leave it alone after something was found and after nothing was, and how long to wait for a hint after that.
+    let (again, pause, patience) = match shared.capabilities.inbox {
         Inbox::None => return,
-        Inbox::Hinted => (HINT_DEBOUNCE, shared.options.poll),
-        Inbox::Polled => (LOOK_EVERY, LOOK_EVERY),
+        Inbox::Hinted => (HINT_DEBOUNCE, HINT_DEBOUNCE, shared.options.poll.saturating_sub(HINT_DEBOUNCE)),
+        Inbox::Polled => (LOOK_AGAIN, LOOK_EVERY, Duration::ZERO),
     };
     let mut wake = shared.provider.wake();
     loop {
         wake.mark_unchanged();
-        let pause = match shared.route().await {
-            Ok(()) => pause,
+        let (pause, patience) = match shared.route().await {
+            Ok(true) => (again, patience),
+            Ok(false) => (pause, patience),
             Err(error) => {
                 tracing::warn!(%error, cause = ?error, "the inbox cannot be routed; trying again");
-                STORE_PAUSE
+                (STORE_PAUSE, Duration::ZERO)
             }
         };
         let next = async {
@@ -52,7 +58,7 @@ pub(super) async fn run(shared: Arc<Shared>, mut stop: watch::Receiver<bool>) {
                     std::future::pending().await
                 }
             };
-            let _ = tokio::time::timeout(patience.saturating_sub(pause), hinted).await;
+            let _ = tokio::time::timeout(patience, hinted).await;
         };
         tokio::select! {
             () = raised(&mut stop) => return,
@@ -62,8 +68,9 @@ pub(super) async fn run(shared: Arc<Shared>, mut stop: watch::Receiver<bool>) {
 }
 
 impl Shared {
-    /// Moves all that there is.
-    async fn route(&self) -> Result<()> {
+    /// Moves all that there is; `false` when that was nothing.
+    async fn route(&self) -> Result<bool> {
+        let mut found = false;
         loop {
             let began = self.timing();
             let routed = {
@@ -77,11 +84,12 @@ impl Shared {
                 self.provider.route(&request).await?
             };
             if routed.taken > 0 {
+                found = true;
                 self.operations.route.observe(began.map(|began| began.elapsed()), routed.taken);
                 routed.events.iter().for_each(|event| self.took_in(event));
             }
             if routed.taken < ROUTE {
-                return Ok(());
+                return Ok(found);
             }
         }
     }
