@@ -426,6 +426,26 @@ mod tests {
     }
 
     /// BEHAVIOURS E5: there are never more than may be, and never many fewer.
+    /// When the first of a key ends, the next one is lined up once more before later ones of other keys.
+    #[tokio::test]
+    async fn a_delivery_that_stands_in_line_twice_is_leased_once() {
+        let provider = with_max(10);
+        let want = |room| Want { subscription: "s".into(), room, ordering: Ordering::Key };
+        let claim = async |room| {
+            let request = ClaimRequest { worker: "w".into(), lease: Duration::from_secs(30), wants: vec![want(room)] };
+            provider.claim(&request).await.unwrap().leases
+        };
+        assert!(claim(1).await.is_empty(), "in the order of keys from now on");
+        let mut batch = appends(3, &["s"]);
+        for (append, key) in batch.iter_mut().zip(["a", "a", "b"]) {
+            Arc::make_mut(&mut append.event).key = Some(key.into());
+        }
+        provider.append(batch).await.unwrap();
+        provider.settle(claim(1).await.into_iter().map(success).collect()).await.unwrap();
+        let seqs: Vec<_> = claim(10).await.iter().map(|lease| lease.key.seq).collect();
+        assert_eq!(seqs, [2, 3]);
+    }
+
     #[tokio::test]
     async fn few_more_go_than_have_to() {
         for (max, at_once) in [(63, 1), (130, 2), (10_000, 32)] {

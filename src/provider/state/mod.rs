@@ -16,11 +16,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foldhash::HashMap;
+use smallvec::SmallVec;
 
 use self::documents::Shelf;
 pub(in crate::provider) use self::image::{Capture, Image, bare};
 use self::line::Line;
 use self::log::Log;
+use self::work::Work;
 pub(in crate::provider) use self::work::as_micros;
 use crate::delivery::{Attempt, Next, Status};
 use crate::error::{Error, Result};
@@ -239,30 +241,42 @@ impl State {
         let Some(line) = lines.get(index) else { return };
         let lease_end = now.saturating_add(as_micros(request.lease));
         let full = leases.len().saturating_add(want.room);
-        while leases.len() < full
-            && let Some(seq) = line.pop(now)
-        {
-            let Some(slot) = log.get(seq) else { continue };
-            let is_ready = slot.work(index).is_some_and(|work| work.status == Status::Pending && work.due <= now);
-            if !is_ready || !line.is_turn(seq, slot.event.key.as_ref()) {
-                continue;
-            }
-            let (event, appended) = (Arc::clone(&slot.event), slot.appended);
-            let token = tokens.next();
-            let lease = log.change(seq, index, |_, work| {
-                work.claim(&request.worker, token, now, lease_end);
-                Lease {
-                    event,
-                    key: LeaseKey { seq, subscription: Arc::clone(&line.name), token },
-                    attempt: work.tries.saturating_add(1),
-                    number: work.number(),
-                    infra_faults: work.infra_faults,
-                    age: Duration::from_micros(u64::try_from(now - appended).unwrap_or(0)),
-                    is_replay: work.is_replay,
+        let is_ready = |work: &Work| work.status == Status::Pending && work.due <= now;
+        loop {
+            // First several are looked at, and then they are leased: what another processor wrote is fetched in the time
+            // of one.
+            let mut next: SmallVec<[Seq; log::TOGETHER]> = SmallVec::new();
+            while next.len() < log::TOGETHER.min(full - leases.len())
+                && let Some(seq) = line.pop(now)
+            {
+                let Some(slot) = log.get(seq) else { continue };
+                if slot.work(index).is_some_and(is_ready) && line.is_turn(seq, slot.event.key.as_ref()) {
+                    next.push(seq);
                 }
-            });
-            line.lease(lease_end, seq, token);
-            leases.extend(lease);
+            }
+            if next.is_empty() {
+                break;
+            }
+            for seq in next {
+                // An entry may stand in line more than once.
+                let Some(slot) = log.get(seq).filter(|slot| slot.work(index).is_some_and(is_ready)) else { continue };
+                let (event, appended) = (Arc::clone(&slot.event), slot.appended);
+                let token = tokens.next();
+                let lease = log.change(seq, index, |_, work| {
+                    work.claim(&request.worker, token, now, lease_end);
+                    Lease {
+                        event,
+                        key: LeaseKey { seq, subscription: Arc::clone(&line.name), token },
+                        attempt: work.tries.saturating_add(1),
+                        number: work.number(),
+                        infra_faults: work.infra_faults,
+                        age: Duration::from_micros(u64::try_from(now - appended).unwrap_or(0)),
+                        is_replay: work.is_replay,
+                    }
+                });
+                line.lease(lease_end, seq, token);
+                leases.extend(lease);
+            }
         }
         line.tidy(log, index);
     }
