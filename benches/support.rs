@@ -40,11 +40,22 @@ pub(crate) fn quantile(mut values: Vec<Duration>, share: f64) -> Duration {
 
 /// Runs `ours` and `other` in turn after one warm-up each; both return work per second. Prints the medians and the
 /// median ratio, and returns that.
-pub(crate) fn compare(what: &str, goal: &str, mut ours: impl FnMut() -> f64, mut other: impl FnMut() -> f64) -> f64 {
+pub(crate) fn compare(what: &str, goal: &str, ours: impl FnMut() -> f64, other: impl FnMut() -> f64) -> f64 {
+    compare_over(PAIRS, what, goal, ours, other)
+}
+
+/// The same over another number of pairs.
+pub(crate) fn compare_over(
+    pairs: usize,
+    what: &str,
+    goal: &str,
+    mut ours: impl FnMut() -> f64,
+    mut other: impl FnMut() -> f64,
+) -> f64 {
     ours();
     other();
     let mut rows = Vec::new();
-    for _ in 0..PAIRS {
+    for _ in 0..pairs {
         rows.push((ours(), other()));
     }
     let ratio = median(rows.iter().map(|(a, b)| a / b).collect());
