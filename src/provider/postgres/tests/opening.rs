@@ -86,7 +86,9 @@ async fn a_user_that_may_change_no_tables_works_with_those_that_are_there() {
     let url = schema.options.url.replace("postgres@", &format!("{user}@"));
     let provider = PostgresProvider::open(Options { url, ..schema.options.clone() }).await.unwrap();
     provider.append(appends_to(2, &["s", "t"])).await.unwrap();
-    let leases = claim(&provider, 9).await;
+    // So much that the claim takes its turn, which is a lock on a table.
+    let leases = claim(&provider, 300).await;
+    assert_eq!(leases.len(), 2);
     provider.settle(leases.iter().map(|lease| ended(lease, Next::Complete)).collect()).await.unwrap();
     provider.put_document("c", "k", "v".into(), Expect::Any, None).await.unwrap();
     provider.prune(&Retention { max_age: None, max_events: Some(0) }).await.unwrap();
