@@ -371,8 +371,11 @@ impl Lanes {
         }
     }
 
+    /// Every lane may have something to claim, and nobody counts any longer on a worker that was woken before: a handler that
+    /// keeps its thread keeps whom it woke from running as well.
     pub(super) fn hint_all(&self) {
         let mut state = self.lock();
+        state.searching = false;
         (0..state.lanes.len()).for_each(|id| state.hint(id));
     }
 
