@@ -108,6 +108,7 @@ claims! {
         a_refusal_is_a_dead_letter_at_once,
         a_stale_token_changes_nothing,
         each_settlement_of_a_mixed_batch_counts_by_itself,
+        a_stale_token_among_many_of_a_claim_changes_nothing,
         a_lease_taken_away_cannot_be_settled,
         one_settlement_closes_an_event,
         the_settlement_that_closes_an_event_is_told_how_it_ended,

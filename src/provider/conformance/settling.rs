@@ -154,6 +154,39 @@ pub async fn each_settlement_of_a_mixed_batch_counts_by_itself(scene: Scene) {
     }
 }
 
+/// What most settlements of a large batch have in common does not cover the one whose token is another.
+pub async fn a_stale_token_among_many_of_a_claim_changes_nothing(scene: Scene) {
+    scene.add(60, &["s"]).await;
+    scene.add(60, &["s", "t"]).await;
+    let mut leases = scene.claim("s", 80).await;
+    leases.extend(scene.claim("s", 40).await);
+    assert_eq!(leases.len(), 120);
+    let next = |at: usize| if at.is_multiple_of(3) { Next::Fail } else { Next::Complete };
+    let mut batch: Vec<Settlement> = leases.iter().enumerate().map(|(at, lease)| ended(lease, next(at))).collect();
+    for stale in [7, 99] {
+        batch[stale].key = forged(&leases[stale].key);
+    }
+    // Two of a claim that have changed places are as wrong as any other.
+    let (one, other) = (leases[20].key.token, leases[22].key.token);
+    (batch[20].key.token, batch[22].key.token) = (other, one);
+    batch.rotate_left(50);
+    let mut answers = scene.provider.settle(batch).await.unwrap();
+    answers.rotate_right(50);
+    for (at, (answer, lease)) in answers.iter().zip(&leases).enumerate() {
+        let detail = scene.detail(&lease.event.id).await;
+        let delivery = detail.deliveries.iter().find(|delivery| &*delivery.subscription == "s").unwrap();
+        let (expected, status, attempts) = match (at, at.is_multiple_of(3)) {
+            (7 | 20 | 22 | 99, _) => (Settled::Stale, Status::Processing, 0),
+            (60.., _) => (OPEN, if at.is_multiple_of(3) { Status::Failed } else { Status::Completed }, 1),
+            (_, true) => (FAILED, Status::Failed, 1),
+            (_, false) => (COMPLETED, Status::Completed, 1),
+        };
+        assert_eq!((answer, delivery.status, delivery.attempts.len()), (&expected, status, attempts), "{at}");
+    }
+    let stats = scene.stats().await;
+    assert_eq!((stats.processing_deliveries, stats.pending_deliveries, stats.dead_letters), (4, 60, 39));
+}
+
 /// DESIGN §2, invariant 3.
 pub async fn a_lease_taken_away_cannot_be_settled(scene: Scene) {
     let reclaimed = scene.add_one(&["s"]).await;

@@ -3,12 +3,12 @@
 //! The common case, that every id is new, is tried without looking. When the count of rows says otherwise, the whole
 //! group is done again with a look first.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use sqlx::Row as _;
 
-use super::row::{bind_event, delivery_id, event_status, signed, unsigned};
-use super::statement::Values;
+use super::row::{SUBSCRIPTION_BITS, bind_event, delivery_id, event_status, signed, unsigned};
+use super::statement::{Values, json_list};
 use super::writer::{Step, Trouble, Tx};
 use crate::delivery::Status;
 use crate::event::Seq;
@@ -25,9 +25,13 @@ const EVENTS: Values = Values {
     columns: 19,
     tail: "ON CONFLICT (id) DO NOTHING",
 };
-const DELIVERIES: Values =
+/// Deliveries without a key, given their ids.
+const DELIVERIES: &str =
+    "INSERT INTO deliveries (id, subscription, due) SELECT value, value & ?2, ?3 FROM json_each(?1)";
+const KEYED_DELIVERIES: Values =
     Values { head: "INSERT INTO deliveries (id, subscription, due, key) VALUES", columns: 4, tail: "" };
-const PROGRESS: Values = Values { head: "INSERT INTO progress (seq, open) VALUES", columns: 2, tail: "" };
+/// Events with as many open deliveries each.
+const PROGRESS: &str = "INSERT INTO progress (seq, open) SELECT value, ?2 FROM json_each(?1)";
 
 impl Tx<'_> {
     /// Appends what is new and answers for all.
@@ -93,28 +97,35 @@ impl Tx<'_> {
     }
 
     async fn deliver(&mut self, numbered: &[(Seq, &Append)]) -> Step<()> {
-        let mut deliveries = Vec::with_capacity(numbered.len());
+        let (mut plain, mut keyed) = (Vec::with_capacity(numbered.len()), Vec::new());
+        let mut open: BTreeMap<usize, Vec<i64>> = BTreeMap::new();
         for (seq, append) in numbered {
             for name in &*append.subscriptions {
                 let subscription = self.subscription(name).await?;
-                deliveries.push((delivery_id(*seq, subscription), subscription, append.event.key.as_deref()));
+                let id = delivery_id(*seq, subscription);
+                match append.event.key.as_deref() {
+                    None => plain.push(id),
+                    Some(key) => keyed.push((id, subscription, key)),
+                }
+            }
+            if !append.subscriptions.is_empty() {
+                open.entry(append.subscriptions.len()).or_default().push(signed(*seq));
             }
         }
         let now = self.now;
-        let bind = |&(id, subscription, key): &(i64, i64, Option<&str>), to: &mut super::statement::Parameters| {
+        if !plain.is_empty() {
+            let mask = (1_i64 << SUBSCRIPTION_BITS) - 1;
+            let query = sqlx::query(DELIVERIES).bind(json_list(plain)).bind(mask).bind(now);
+            query.execute(&mut *self.connection).await?;
+        }
+        let bind = |&(id, subscription, key): &(i64, i64, &str), to: &mut super::statement::Parameters| {
             to.add(id).add(subscription).add(now).add(key);
         };
-        DELIVERIES.execute(self.connection, &deliveries, bind).await?;
-        let open: Vec<(i64, i64)> = numbered
-            .iter()
-            .filter(|(_, append)| !append.subscriptions.is_empty())
-            .map(|(seq, append)| (signed(*seq), append.subscriptions.len() as i64))
-            .collect();
-        PROGRESS
-            .execute(self.connection, &open, |&(seq, open), to| {
-                to.add(seq).add(open);
-            })
-            .await?;
+        KEYED_DELIVERIES.execute(self.connection, &keyed, bind).await?;
+        for (count, seqs) in open {
+            let query = sqlx::query(PROGRESS).bind(json_list(seqs)).bind(count as i64);
+            query.execute(&mut *self.connection).await?;
+        }
         Ok(())
     }
 }

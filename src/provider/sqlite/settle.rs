@@ -29,6 +29,12 @@ const END: Values = Values {
            number = coalesce(v.number, deliveries.number), token = NULL, lease_end = NULL, worker = NULL \
            FROM v WHERE deliveries.id = v.id AND deliveries.stage = 2 AND deliveries.token = v.token",
 };
+/// Ends for good, given the ids, of leases of one claim: their tokens are all as far from their ids.
+const END_FOR_GOOD: &str = "UPDATE deliveries SET stage = ?3, completed_at = ?4, number = coalesce(?5, number), \
+    token = NULL, lease_end = NULL, worker = NULL \
+    WHERE id IN (SELECT value FROM json_each(?1)) AND stage = 2 AND token = ?2 + id";
+/// From how many on a list of their own is cheaper than a place among the others.
+const MANY: usize = 32;
 const SHIFT: Values = Values {
     head: "WITH v(seq, open, begun, failed) AS (VALUES",
     columns: 4,
@@ -63,6 +69,16 @@ pub(super) struct End {
     attempt: Option<(u32, Arc<str>)>,
 }
 
+/// What many ends of a batch have in common, so that one list of ids says the rest.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Alike {
+    /// What the token is beyond the id: the same for all leases of a claim.
+    salt: i64,
+    stage: i64,
+    at: Option<i64>,
+    number: Option<u32>,
+}
+
 impl End {
     pub(super) fn new(id: i64, token: i64, next: Next, attempt: Option<&Attempt>, now: i64) -> Self {
         let attempt = attempt.filter(|_| next != Next::Release);
@@ -80,6 +96,13 @@ impl End {
         let record = |attempt: &Attempt| serde_json::to_string(attempt).unwrap_or_default().into();
         let attempt = attempt.map(|attempt| (attempt.number, record(attempt)));
         Self { id, token, stage, at, cost, is_fresh: false, attempt }
+    }
+
+    /// What it has in common with others that end for good.
+    fn alike(&self) -> Option<Alike> {
+        let (id, number) = (self.id, self.attempt.as_ref().map(|attempt| attempt.0));
+        let is_for_good = matches!(self.stage, COMPLETED | FAILED);
+        is_for_good.then(|| Alike { salt: self.token.wrapping_sub(id), stage: self.stage, at: self.at, number })
     }
 
     fn bind(&self, to: &mut Parameters) {
@@ -164,7 +187,7 @@ impl Tx<'_> {
 
     /// Applies ends, and returns the events that are not completed, with their statuses.
     pub(super) async fn end(&mut self, ends: &[End]) -> Step<HashMap<i64, Status>> {
-        if END.execute(self.connection, ends, |end, to| end.bind(to)).await? < ends.len() as u64 {
+        if self.end_claims(ends).await? < ends.len() as u64 {
             return Err(Trouble::Careful);
         }
         let records: Vec<(i64, &(u32, Arc<str>))> =
@@ -181,6 +204,26 @@ impl Tx<'_> {
             (*open, *begun, *failed) = (*open + by_open, *begun + by_begun, *failed + by_failed);
         }
         Ok(shift(self.connection, &shifts).await?)
+    }
+
+    /// Ends the claims of those that are held, and returns how many these are.
+    async fn end_claims(&mut self, ends: &[End]) -> Step<u64> {
+        let mut alike: BTreeMap<Alike, Vec<&End>> = BTreeMap::new();
+        let mut others: Vec<&End> = Vec::new();
+        for end in ends {
+            match end.alike() {
+                Some(kind) => alike.entry(kind).or_default().push(end),
+                None => others.push(end),
+            }
+        }
+        others.extend(alike.extract_if(.., |_, ends| ends.len() < MANY).flat_map(|(_, ends)| ends));
+        let mut ended = END.execute(self.connection, &others, |end, to| end.bind(to)).await?;
+        for (Alike { salt, stage, at, number }, ends) in alike {
+            let ids = json_list(ends.iter().map(|end| end.id));
+            let query = sqlx::query(END_FOR_GOOD).bind(ids).bind(salt).bind(stage).bind(at).bind(number);
+            ended += query.execute(&mut *self.connection).await?.rows_affected();
+        }
+        Ok(ended)
     }
 }
 
