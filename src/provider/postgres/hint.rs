@@ -32,13 +32,10 @@ impl Mouth {
         Self { connections, channel: schema.into(), own: uuid::Uuid::new_v4().simple().to_string().into() }
     }
 
-    /// Sends one hint. It is heard once it is committed, and that need not wait for the disk: what it tells of is there already.
+    /// Sends one hint.
     pub(super) async fn say(&self) -> sqlx::Result<()> {
         // Plain text, in one step: behind a pooler a second one could meet another connection. Both names are ours.
-        let text = format!(
-            "SELECT set_config('synchronous_commit', 'off', true), pg_notify('{}', '{}')",
-            self.channel, self.own
-        );
+        let text = format!("NOTIFY \"{}\", '{}'", self.channel, self.own);
         let mut lent = self.connections.lend().await?;
         sqlx::raw_sql(AssertSqlSafe(text)).execute(lent.connection()?).await?;
         lent.give_back();
