@@ -733,7 +733,7 @@ async fn what_comes_while_a_handler_blocks_its_thread_waits_for_a_poll_at_most()
         }
         let detail = rig.handled(event_with_id("a.b", "blocks")).await;
         assert_eq!((detail.record.status, detail.deliveries[0].attempts.len()), (Status::Completed, 1), "{each:?}");
-        // What lets the other go has not ended by then.
+        // What lets the other go may not have ended by then.
         rig.stop().await;
         let meanwhile = rig.provider.get("meanwhile").await.unwrap().unwrap();
         assert_eq!((meanwhile.record.status, handled.load(Ordering::SeqCst)), (Status::Completed, 102), "{each:?}");
