@@ -75,8 +75,13 @@ fn main() {
         ("plugins-isolation", isolation::run),
         ("serve", serve::run),
     ];
+    // A whole name is that group alone, and a part of a name all groups that have it.
+    let is_meant = |word: &String, name: &str| match groups.iter().any(|group| group.0 == word) {
+        true => name == word,
+        false => name.contains(word.as_str()),
+    };
     for (name, run) in groups {
-        if wanted.is_empty() || wanted.iter().any(|word| name.contains(word.as_str())) {
+        if wanted.is_empty() || wanted.iter().any(|word| is_meant(word, name)) {
             run();
         }
     }
