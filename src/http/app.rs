@@ -143,9 +143,8 @@ async fn guard(State(app): State<App>, request: Request, next: Next) -> Response
 
 /// Room for the request, if its sender may make it. Probes always get through: a busy server still lives.
 fn admit(app: &App, request: &Request) -> Result<Option<OwnedSemaphorePermit>, Problem> {
-    let path = request.uri().path();
-    auth::check(&app.options.tokens, request.method(), path, request.headers())?;
-    if matches!(path, "/healthz" | "/readyz") {
+    auth::check(&app.options.tokens, request.method(), request.uri(), request.headers())?;
+    if matches!(request.uri().path(), "/healthz" | "/readyz") {
         return Ok(None);
     }
     let permit = Arc::clone(&app.in_progress).try_acquire_owned();

@@ -3,14 +3,15 @@
 //! Tokens are configured as SHA-256 digests, so that a configuration file gives none away. Tokens are long and random by
 //! contract, which is why a plain digest is enough. There are no sessions, cookies or users here.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
-use axum::http::{HeaderMap, Method, StatusCode, header};
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::problem::Problem;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, quote};
 
 /// What a token allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,12 +80,16 @@ fn needed(method: &Method, path: &str) -> Option<Scope> {
     }
 }
 
-/// Lets a request through, or says why not. Without tokens everybody on this machine may do everything.
+/// Lets a request through, or says why not. Without tokens everybody on this machine may do everything, and nobody else.
 ///
 /// # Errors
-/// 401 without a known token, 403 when the token does not allow the call.
-pub(super) fn check(tokens: &[Token], method: &Method, path: &str, headers: &HeaderMap) -> Result<(), Problem> {
-    let Some(scope) = needed(method, path).filter(|_| !tokens.is_empty()) else { return Ok(()) };
+/// 401 without a known token, 403 when the token does not allow the call, or when there are none and the request is meant
+/// for another host than this machine.
+pub(super) fn check(tokens: &[Token], method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Problem> {
+    let Some(scope) = needed(method, uri.path()) else { return Ok(()) };
+    if tokens.is_empty() {
+        return local_only(uri, headers);
+    }
     let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(bearer);
     let refuse = |detail: &str| Problem::new(StatusCode::UNAUTHORIZED, "unauthorized", detail);
     let Some(given) = given else { return Err(refuse("send a token as authorization: Bearer <token>")) };
@@ -99,6 +104,30 @@ pub(super) fn check(tokens: &[Token], method: &Method, path: &str, headers: &Hea
             Err(Problem::new(StatusCode::FORBIDDEN, "forbidden", detail))
         }
     }
+}
+
+/// Refuses what was sent to another name than this machine's own. A page in a browser here may have had its own name lead to
+/// this address (DNS rebinding), and a proxy may pass on what others send: both say the name that was meant.
+fn local_only(uri: &Uri, headers: &HeaderMap) -> Result<(), Problem> {
+    let named = match (uri.authority(), headers.get(header::HOST)) {
+        (Some(target), _) => target.as_str().as_bytes(),
+        (None, Some(host)) => host.as_bytes(),
+        (None, None) => return Ok(()),
+    };
+    let authority = Authority::try_from(named).ok();
+    if authority.as_ref().is_some_and(|authority| is_this_machine(authority.host())) {
+        return Ok(());
+    }
+    let named = quote(&String::from_utf8_lossy(named));
+    let detail =
+        format!("without tokens only requests to localhost are served, not those to {named}: add [[http.tokens]]");
+    Err(Problem::new(StatusCode::FORBIDDEN, "forbidden", detail))
+}
+
+fn is_this_machine(host: &str) -> bool {
+    let name = host.to_ascii_lowercase();
+    let address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    address.map_or(name == "localhost" || name.ends_with(".localhost"), |address| address.is_loopback())
 }
 
 fn bearer(value: &str) -> Option<&str> {
@@ -124,8 +153,11 @@ mod tests {
         if let Some(given) = given {
             headers.insert(header::AUTHORIZATION, format!("bearer {given}").parse().unwrap());
         }
-        check(tokens, &method, path, &headers)
-            .map_or_else(|problem| problem.into_response().status().as_u16(), |()| 200)
+        code(check(tokens, &method, &path.parse().unwrap(), &headers))
+    }
+
+    fn code(answer: Result<(), Problem>) -> u16 {
+        answer.map_or_else(|problem| problem.into_response().status().as_u16(), |()| 200)
     }
 
     #[test]
@@ -149,6 +181,42 @@ mod tests {
             assert_eq!(status(&tokens, given, method.clone(), path), expected, "{given:?} {method} {path}");
         }
         assert_eq!(status(&[], None, Method::DELETE, "/v1/events/1"), 200);
+    }
+
+    #[test]
+    fn without_tokens_only_this_machine_is_served() {
+        let here =
+            ["localhost", "LOCALHOST:7700", "app.localhost:80", "127.0.0.1:7700", "127.9.9.9", "[::1]:7700", "[::1]"];
+        let elsewhere = [
+            "evil.example",
+            "evil.example:7700",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "notlocalhost",
+            "192.0.2.7:7700",
+            "0.0.0.0:7700",
+            "[::]:7700",
+            "localhost@evil.example",
+            "a b",
+            "",
+        ];
+        let all = [token("all", &[Scope::Admin])];
+        for (hosts, expected) in [(&here[..], 200), (&elsewhere[..], 403)] {
+            for host in hosts {
+                let headers = HeaderMap::from_iter([
+                    (header::HOST, host.parse().unwrap()),
+                    (header::AUTHORIZATION, "Bearer all".parse().unwrap()),
+                ]);
+                let path: Uri = "/v1/events".parse().unwrap();
+                assert_eq!(code(check(&[], &Method::GET, &path, &headers)), expected, "{host}");
+                assert_eq!(code(check(&all, &Method::GET, &path, &headers)), 200, "{host}");
+                assert_eq!(code(check(&[], &Method::GET, &"/healthz".parse().unwrap(), &headers)), 200, "{host}");
+            }
+        }
+        // HTTP/2 has the name in the request's target.
+        let target = |host| Uri::builder().scheme("http").authority(host).path_and_query("/v1/events").build().unwrap();
+        assert_eq!(code(check(&[], &Method::GET, &target("localhost:7700"), &HeaderMap::new())), 200);
+        assert_eq!(code(check(&[], &Method::GET, &target("evil.example"), &HeaderMap::new())), 403);
     }
 
     #[test]

@@ -387,6 +387,26 @@ async fn a_token_is_asked_for_where_tokens_are_configured() {
     assert!(!String::from_utf8(shown).unwrap().contains(&digest("reader-1")));
 }
 
+/// A page whose name was made to lead here sends that name, and what it asks for is not done.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_tokens_what_was_sent_to_another_name_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(folder.path(), &["--provider", "memory:"]).await;
+    let send = async |host: &str, method: &str, path: &str| {
+        let headers = [("host", host), ("content-type", "application/json")];
+        let event = json!({"type": "a.b", "payload": {}}).to_string();
+        wire::send(&server.url, method, path, &headers, event).await
+    };
+    for (method, path) in [("POST", "/v1/events"), ("GET", "/v1/events"), ("GET", "/metrics")] {
+        let refused = send("evil.example:7700", method, path).await;
+        assert_eq!((refused.status, &refused.json()["code"]), (403, &json!("forbidden")), "{method} {path}");
+        assert!(refused.text.contains("evil.example") && refused.text.contains("http.tokens"), "{}", refused.text);
+    }
+    assert_eq!(send("evil.example", "GET", "/healthz").await.status, 200);
+    let listed = send("localhost", "GET", "/v1/events").await;
+    assert_eq!((listed.status, &listed.json()["events"]), (200, &json!([])), "{}", listed.text);
+}
+
 fn digest(token: &str) -> String {
     use sha2::Digest as _;
     sha2::Sha256::digest(token).iter().map(|byte| format!("{byte:02x}")).collect()
@@ -464,9 +484,9 @@ async fn a_client_that_dawdles_is_let_go() {
             answer
         }
     };
-    let head = tokio::task::spawn_blocking(answer_to("GET /healthz HTTP/1.1\r\nhost: x\r\n")).await.unwrap();
+    let head = tokio::task::spawn_blocking(answer_to("GET /healthz HTTP/1.1\r\nhost: localhost\r\n")).await.unwrap();
     assert!(!head.contains("200"), "{head}");
-    let body = "POST /v1/events HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{";
+    let body = "POST /v1/events HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{";
     let body = tokio::task::spawn_blocking(answer_to(body)).await.unwrap();
     assert!(body.starts_with("HTTP/1.1 408") && body.contains("application/problem+json"), "{body}");
 }
