@@ -187,8 +187,8 @@ impl EventId {
 /// # Errors
 /// [`Error::Invalid`] naming `field`.
 pub fn short_text(field: &'static str, text: &str) -> Result<()> {
-    // Almost every text: characters are not counted one by one for it.
-    if text.len() <= MAX_TEXT && text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+    // Almost every text: characters are not counted one by one for it, and bytes are looked at several at a time.
+    if text.len() <= MAX_TEXT && text.bytes().fold(true, |legal, byte| legal & matches!(byte, b' '..=b'~')) {
         return Ok(());
     }
     if text.chars().count() > MAX_TEXT {
