@@ -22,6 +22,10 @@ pub trait Handler: Send + Sync + 'static {
     /// The caller ends the call after [`Call::timeout`] by dropping the future, and catches a panic: either ends this
     /// attempt only. A handler that cannot be ended by dropping its future (because it computes without awaiting)
     /// must watch the time itself.
+    ///
+    /// It runs on a thread of the runtime, beside the broker's own tasks. Whoever keeps that thread (a client that blocks,
+    /// `std::thread::sleep`, a second of computing) keeps what was woken there from running, which may be the task that
+    /// claims for every subscription: such work belongs into [`spawn_blocking`](tokio::task::spawn_blocking).
     async fn handle(&self, call: Call) -> Outcome;
 
     /// The most calls that [`handle_batch`](Self::handle_batch) takes at once; 1 for a handler that has use for single
@@ -223,7 +227,7 @@ impl From<Option<Reply>> for Success {
     }
 }
 
-/// A native closure as a [`Handler`].
+/// A native closure as a [`Handler`]. As in any async code, its future must not [block](Handler::handle) its thread.
 ///
 /// ```
 /// use tidegate::{Call, Failure, native};
