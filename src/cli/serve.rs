@@ -178,9 +178,23 @@ async fn reload_on(mut hangup: Signal, reloader: Option<Reloader>) {
 
 /// With what is served, in words.
 fn greeting(config: &Config, host: Option<&Host>) -> String {
-    let count = host.map(|host| host.plugins().iter().filter(|plugin| plugin.active.is_some()).count());
-    let plugins = count.map_or_else(|| "no folder of plugins".to_owned(), |count| format!("{count} plugins"));
+    let plugins = match host.map(Host::plugins) {
+        None => "no folder of plugins".to_owned(),
+        Some(all) => counted(
+            all.iter().filter(|plugin| plugin.active.is_some()).count(),
+            all.iter().filter(|plugin| plugin.refused.is_some()).count(),
+        ),
+    };
     format!("with {} and {plugins}", config.provider_shown())
+}
+
+/// How many plugins serve, and how many files do not.
+fn counted(active: usize, refused: usize) -> String {
+    let noun = if active == 1 { "plugin" } else { "plugins" };
+    match refused {
+        0 => format!("{active} {noun}"),
+        _ => format!("{active} {noun}, {refused} refused: `tidegate plugin list` says why"),
+    }
 }
 
 /// A flag that the first SIGINT or SIGTERM raises. The second ends the process.
@@ -211,4 +225,16 @@ async fn raised(mut flag: watch::Receiver<bool>) {
 /// Completes once the flag is raised, or its owner is gone.
 async fn raised_ref(flag: &mut watch::Receiver<bool>) {
     drop(flag.wait_for(|&raised| raised).await);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_starts_a_server_hears_of_plugins_that_were_refused() {
+        assert_eq!(counted(0, 0), "0 plugins");
+        assert_eq!(counted(1, 0), "1 plugin");
+        assert_eq!(counted(2, 3), "2 plugins, 3 refused: `tidegate plugin list` says why");
+    }
 }
