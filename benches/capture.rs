@@ -34,7 +34,30 @@ const TABLES: &str = "
 struct Rig {
     runtime: Runtime,
     pool: PgPool,
+    rows: Rows,
     _server: Postgres,
+}
+
+/// What a client sends, made before anything is timed.
+struct Rows {
+    customers: Vec<i32>,
+    numbers: Vec<String>,
+    notes: Vec<String>,
+    /// The same as `COPY` takes them.
+    copied: String,
+}
+
+impl Rows {
+    fn new() -> Self {
+        let customers: Vec<i32> = (0..BULK as i32).map(|n| n % 1_000).collect();
+        let numbers: Vec<String> = (0..BULK).map(|n| format!("o-{n}")).collect();
+        let note = "x".repeat(120);
+        let row = |(customer, number): (&i32, &String)| {
+            format!("{customer}\t{number}\t{}\t{note}\tt\n", f64::from(*customer) * 1.5)
+        };
+        let copied = customers.iter().zip(&numbers).map(row).collect();
+        Self { copied, notes: vec![note; BULK], customers, numbers }
+    }
 }
 
 pub(crate) fn run() {
@@ -49,9 +72,11 @@ pub(crate) fn run() {
         Capture::postgres(pool.clone()).install(&watch).await.unwrap();
         pool
     });
-    let rig = Rig { runtime, pool, _server: server };
+    let rig = Rig { runtime, pool, rows: Rows::new(), _server: server };
     let without = "≥ 0.40 of without (2.5×)";
-    for (how, work) in [("sent by the client", Work::Sent), ("made by the server", Work::Made)] {
+    for (how, work) in
+        [("sent by the client", Work::Sent), ("copied in", Work::Copied), ("made by the server", Work::Made)]
+    {
         let what = |other: &str| format!("PostgreSQL, bulk insert of 50,000 rows {how}, capture / {other}");
         rig.compare(&what("without"), without, work, "plain");
         rig.compare(&what("row triggers"), "> row triggers", work, "by_hand");
@@ -67,6 +92,8 @@ pub(crate) fn run() {
 enum Work {
     /// One statement whose rows come from the client.
     Sent,
+    /// `COPY … FROM STDIN`.
+    Copied,
     /// One statement whose rows the server makes: the cheapest insert there is.
     Made,
     /// Statements of one row, each durable before the next.
@@ -88,13 +115,16 @@ impl Rig {
             let began = Instant::now();
             let count = match work {
                 Work::Sent => self.sent(table).await,
+                Work::Copied => self.copied(table).await,
                 Work::Made => self.made(table).await,
                 Work::Committed => self.singles(table, false).await,
                 Work::Together => self.singles(table, true).await,
             };
             let rate = support::per_second(count, began);
-            let told: i64 =
-                sqlx::query_scalar("SELECT count(*) FROM tidegate.inbox").fetch_one(&self.pool).await.unwrap();
+            let told: i64 = sqlx::query_scalar("SELECT coalesce(sum(coalesce(rows, 1)), 0) FROM tidegate.inbox")
+                .fetch_one(&self.pool)
+                .await
+                .unwrap();
             assert_eq!(told, if table == "plain" { 0 } else { count as i64 });
             rate
         })
@@ -105,15 +135,22 @@ impl Rig {
     }
 
     async fn sent(&self, table: &str) -> usize {
-        let customers: Vec<i32> = (0..BULK as i32).map(|n| n % 1_000).collect();
-        let numbers: Vec<String> = (0..BULK).map(|n| format!("o-{n}")).collect();
-        let notes: Vec<String> = vec!["x".repeat(120); BULK];
         let text = format!(
             "INSERT INTO {table} (customer, number, total, note, paid) SELECT c, n, c * 1.5, t, true \
              FROM UNNEST($1::int[], $2::text[], $3::text[]) AS r(c, n, t)"
         );
+        let Rows { customers, numbers, notes, .. } = &self.rows;
         let query = sqlx::query(AssertSqlSafe(text)).bind(customers).bind(numbers).bind(notes);
         query.execute(&self.pool).await.unwrap();
+        BULK
+    }
+
+    async fn copied(&self, table: &str) -> usize {
+        let mut connection = self.pool.acquire().await.unwrap();
+        let text = format!("COPY {table} (customer, number, total, note, paid) FROM STDIN");
+        let mut copy = connection.copy_in_raw(&text).await.unwrap();
+        copy.send(self.rows.copied.as_bytes()).await.unwrap();
+        assert_eq!(copy.finish().await.unwrap(), BULK as u64);
         BULK
     }
 

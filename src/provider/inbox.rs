@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
+use super::bundle::{self, Part};
 use super::{Append, Appended, RouteRequest, Routed, RoutedEvent};
 use crate::error::{Error, Result, quote};
 use crate::event::{Event, EventId, EventType, JSON, Metadata, Payload, Source, UserId, short_text};
@@ -63,6 +64,8 @@ pub struct InboxRow {
     pub payload: Option<String>,
     /// The payload where it is not.
     pub binary: Option<Vec<u8>>,
+    /// How many rows of a captured table the payload holds, where it is not an event's own.
+    pub rows: Option<i32>,
     /// The bytes of the largest of payload, binary and metadata where that is over the limit, and so was not read.
     pub oversize: Option<u64>,
     /// The column whose bytes are no text, where the store has such.
@@ -70,21 +73,35 @@ pub struct InboxRow {
 }
 
 impl InboxRow {
+    /// The events with those who get them: one, or one for each row of a table that stands here with others. What cannot
+    /// be taken apart is logged, and becomes one [`REFUSED`] event.
+    ///
+    /// # Errors
+    /// None but such as say that this code is wrong.
+    pub fn into_appends(mut self, request: &RouteRequest<'_>) -> Result<Vec<Append>> {
+        if self.rows.take().is_none() {
+            return Ok(vec![self.into_append(request)?]);
+        }
+        let together = self.payload.take().unwrap_or_default();
+        match bundle::parts(&self.event_type, &together) {
+            Ok(parts) => {
+                let alone = |Part { key, payload }| Self { id: None, key, payload: Some(payload), ..self.clone() };
+                parts.into_iter().map(|part| alone(part).into_append(request)).collect()
+            }
+            Err(error) => Ok(vec![refused(self.position, &quote(&self.event_type), &error, request)?]),
+        }
+    }
+
     /// The event with those who get it. A row that cannot become an event is logged, and becomes a [`REFUSED`] one.
     ///
     /// # Errors
     /// None but such as say that this code is wrong.
     pub fn into_append(self, request: &RouteRequest<'_>) -> Result<Append> {
         let (position, named) = (self.position, quote(&self.event_type));
-        let event = match self.into_event(request) {
-            Ok(event) => event,
-            Err(error) => {
-                tracing::warn!(position, event_type = named, %error, "a row of the inbox cannot become an event");
-                refused(position, &named, &error)?
-            }
-        };
-        let subscriptions = (request.matcher)(&event.event_type);
-        Ok(Append { event: Arc::new(event), subscriptions })
+        match self.into_event(request) {
+            Ok(event) => Ok(append(event, request)),
+            Err(error) => refused(position, &named, &error, request),
+        }
     }
 
     fn into_event(self, request: &RouteRequest<'_>) -> Result<Event> {
@@ -133,12 +150,18 @@ pub(super) fn routed<'a>(rows: impl IntoIterator<Item = (&'a Append, Option<Appe
     routed
 }
 
-fn refused(position: i64, named: &str, error: &Error) -> Result<Event> {
+fn append(event: Event, request: &RouteRequest<'_>) -> Append {
+    let subscriptions = (request.matcher)(&event.event_type);
+    Append { event: Arc::new(event), subscriptions }
+}
+
+fn refused(position: i64, named: &str, error: &Error, request: &RouteRequest<'_>) -> Result<Append> {
+    tracing::warn!(position, event_type = named, %error, "a row of the inbox cannot become an event");
     let reason: String = error.to_string().chars().take(REASON).collect();
     let words = json!({"position": position, "type": named, "reason": reason});
     let mut event = Event::new(Source::System, EventType::parse(REFUSED)?, Payload::json(&words)?);
     event.instance_id = INSTANCE.into();
-    Ok(event)
+    Ok(append(event, request))
 }
 
 fn source(code: i64) -> Result<Source> {

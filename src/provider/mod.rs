@@ -27,6 +27,7 @@
 #[expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a claim that does not hold ends in a panic")]
 #[macro_use]
 pub mod conformance;
+mod bundle;
 #[cfg(test)]
 #[path = "../../tests/it/support/child.rs"]
 mod child;

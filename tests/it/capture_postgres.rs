@@ -4,9 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use sqlx::{AssertSqlSafe, Connection as _, PgConnection, PgPool, Row as _};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection, PgPool};
 use tidegate::capture::triggers::{Capture, Operation, Watch};
+use tidegate::provider::RouteRequest;
+use tidegate::provider::inbox::InboxRow;
 use tidegate::provider::postgres::{Options, PostgresProvider};
+use tidegate::{Event, EventType};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -63,21 +66,21 @@ impl Scene {
 
     /// Empties the inbox: for each row its type, key, what was before and after, and what has changed, sorted.
     async fn told(&self) -> Vec<Value> {
-        let text = "DELETE FROM tidegate.inbox RETURNING type, key, payload, position";
-        let rows = sqlx::query(text).fetch_all(&self.pool).await.unwrap();
-        let mut told: Vec<Value> = rows
-            .iter()
-            .map(|row| {
-                let mut payload: Value = serde_json::from_str(row.get(2)).unwrap();
+        let mut told: Vec<Value> = self
+            .rows()
+            .await
+            .into_iter()
+            .map(|mut row| {
+                let payload = &mut row["payload"];
                 for side in ["before", "after"] {
                     payload[side].as_object_mut().map(|side| side.remove(DRIFT));
                 }
                 json!([
-                    row.get::<String, _>(0),
-                    row.get::<Option<String>, _>(1),
-                    payload["before"],
-                    payload["after"],
-                    payload["changed"]
+                    row["type"],
+                    row["key"],
+                    row["payload"]["before"],
+                    row["payload"]["after"],
+                    row["payload"]["changed"]
                 ])
             })
             .collect();
@@ -93,23 +96,45 @@ impl Scene {
         assert_eq!(self.told().await, expected, "{text}");
     }
 
-    /// The whole payloads, and the other columns, in order.
+    /// The whole payloads, and the other columns, in order. Rows that stand together are taken apart, as the broker does it.
     async fn rows(&self) -> Vec<Value> {
         let text = "WITH gone AS (DELETE FROM tidegate.inbox RETURNING *) SELECT to_jsonb(gone)::text FROM gone ORDER BY position";
         let rows: Vec<String> = sqlx::query_scalar(text).fetch_all(&self.pool).await.unwrap();
         let parse = |text: &String| {
             let mut row: Value = serde_json::from_str(text).unwrap();
-            for column in ["payload", "metadata"] {
-                row[column] = serde_json::from_str(row[column].as_str().unwrap()).unwrap();
-            }
-            row
+            row["metadata"] = serde_json::from_str(row["metadata"].as_str().unwrap()).unwrap();
+            taken_apart(&row).into_iter().map(move |(key, payload)| {
+                let mut row = row.clone();
+                (row["key"], row["payload"]) = (key, payload);
+                row
+            })
         };
-        rows.iter().map(parse).collect()
+        rows.iter().flat_map(parse).collect()
     }
 
     async fn drift(&self) -> Vec<String> {
         self.capture.status().await.unwrap().into_iter().flat_map(|status| status.drift).collect()
     }
+}
+
+/// The key and the payload of each event that a row of the inbox stands for.
+fn taken_apart(row: &Value) -> Vec<(Value, Value)> {
+    let payload = row["payload"].as_str().unwrap();
+    if row["rows"].is_null() {
+        return vec![(row["key"].clone(), serde_json::from_str(payload).unwrap())];
+    }
+    let matcher = |_: &EventType| -> Arc<[Arc<str>]> { [].into() };
+    let request = RouteRequest { matcher: &matcher, max: 1, max_payload: u64::MAX };
+    let together = InboxRow {
+        event_type: row["type"].as_str().unwrap().to_owned(),
+        payload: Some(payload.to_owned()),
+        rows: Some(1),
+        ..InboxRow::default()
+    };
+    let events: Vec<_> = together.into_appends(&request).unwrap().into_iter().map(|append| append.event).collect();
+    assert_eq!(events.len() as u64, row["rows"].as_u64().unwrap());
+    let apart = |event: Arc<Event>| (json!(event.key), event.payload.parse().unwrap());
+    events.into_iter().map(apart).collect()
 }
 
 fn all_of(table: &str) -> Watch {
@@ -573,6 +598,41 @@ async fn a_row_that_is_written_beside_a_running_broker_is_handled() {
     assert_eq!(broker.stats().await.unwrap().total_published, 3);
     drop(stop);
     running.await.unwrap().unwrap();
+}
+
+/// As many as go into one row of the inbox, in the order in which the statement had them, wide ones among them.
+#[tokio::test]
+async fn many_rows_of_a_statement_stand_together_and_in_their_order() {
+    let scene = Scene::open().await;
+    scene.run("CREATE TABLE many (id int PRIMARY KEY, body text)").await;
+    scene.watch(&Watch { max_payload: 2_000, ..all_of("many") }).await;
+    let places = "SELECT array_agg(rows ORDER BY position) FROM tidegate.inbox";
+    let places = async || sqlx::query_scalar::<_, Vec<Option<i32>>>(places).fetch_one(&scene.pool).await.unwrap();
+    let after_the_first = |more: &[i32]| [vec![None; 8], more.iter().copied().map(Some).collect()].concat();
+    // The second is wider than half of what may be told, and told.
+    let body = "CASE i WHEN 70 THEN repeat('x', 3000) WHEN 71 THEN repeat('y', 1000) ELSE 'b' END";
+    scene.run(&format!("INSERT INTO many SELECT i, {body} FROM generate_series(1, 150) i")).await;
+    assert_eq!(places().await, after_the_first(&[64, 64, 14]));
+    let created = scene.rows().await;
+    let ids: Vec<String> = created.iter().map(|row| row["key"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(ids, (1..=150).map(|id| id.to_string()).collect::<Vec<_>>());
+    let wide = &created[69]["payload"];
+    assert_eq!(
+        (&wide["after"], &wide["pk"], wide["oversize"].as_u64().unwrap() > 3_000),
+        (&Value::Null, &json!({"id": 70}), true)
+    );
+    assert_eq!(created[70]["payload"]["after"], json!({"id": 71, "body": "y".repeat(1_000)}));
+    scene.run("DELETE FROM many WHERE id <= 65").await;
+    assert_eq!(places().await, after_the_first(&[57]));
+    let deleted = scene.rows().await;
+    assert_eq!((deleted.len(), &deleted[64]["type"]), (65, &json!("public.many.delete")));
+    assert_eq!(
+        deleted[64]["payload"],
+        json!({"before": {"id": 65, "body": "b"}, "after": null, "changed": null, "pk": {"id": 65}})
+    );
+    scene.run("DELETE FROM many WHERE id <= 73").await;
+    assert_eq!(places().await, after_the_first(&[]));
+    assert_eq!(scene.rows().await.len(), 8);
 }
 
 /// The columns are the same, so the trigger takes the way that it was written for them.

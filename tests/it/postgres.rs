@@ -103,11 +103,11 @@ async fn migrate_makes_the_schema_and_says_what_stands_in_the_way() {
         let told: Value = serde_json::from_slice(&done.stdout).unwrap();
         assert_eq!(
             (done.status.code(), &told["provider"], &told["schema_version"]),
-            (Some(0), &json!("postgres"), &json!(1))
+            (Some(0), &json!("postgres"), &json!(2))
         );
         assert!(!told.to_string().contains("hunter2"), "{told}");
     }
-    assert_eq!(database.psql("postgres", &format!("SELECT max(version) FROM {schema}.tidegate_versions")), "1");
+    assert_eq!(database.psql("postgres", &format!("SELECT max(version) FROM {schema}.tidegate_versions")), "2");
     let refused = migrate(&database.url("nowhere"));
     let told: Value = serde_json::from_slice(&refused.stderr).unwrap();
     assert_eq!((refused.status.code(), &told["code"]), (Some(2), &json!("invalid")));

@@ -7,7 +7,9 @@
 //! to be found (renamed, perhaps) means that nothing of the row is told but its key.
 //!
 //! The comparison costs a statement of one row more than its event does. A row that is created or deleted and told whole
-//! needs none: only the key's columns are named, in a way that finds NULL where one is gone.
+//! needs none: only the key's columns are named, in a way that finds NULL where one is gone. Of many such rows the first few
+//! are told one by one, as statements of few rows are best told, and the others stand in the inbox many together: there no
+//! column is named at all, and whoever takes them finds the key in their JSON.
 
 use super::catalog::{KeyColumn, Relation, event_type};
 use super::{Operation, Watch, json_name, literal, quoted, segment};
@@ -20,6 +22,14 @@ const NEW: &str = "tidegate_n";
 
 /// Words around the parts of a payload, and commas: what a payload has beside its parts, generously.
 const AROUND: usize = 80;
+
+/// How many rows of a statement are told one by one before others stand together. To join rows costs a statement of one row
+/// as much again as its event does.
+const ALONE: u64 = 8;
+
+/// The most rows that stand in the inbox together, and the most bytes that they may come to: a text of PostgreSQL ends at 1 GiB.
+const TOGETHER: u64 = 64;
+const TOGETHER_BYTES: u64 = 256 << 20;
 
 /// How the payload of a row begins that is too wide to be told.
 const NOTHING: &str = "{\"before\":null,\"after\":null,\"changed\":";
@@ -72,7 +82,10 @@ pub(super) fn body(relation: &Relation, watch: &Watch, inbox_schema: &str) -> Re
         );
         if told.len() == relation.columns.len() && watch.columns.is_none() {
             let whole = whole(relation);
-            [writer.create(&whole, new_rows), update, writer.delete(&whole, old_rows)]
+            let few = |rows: &str| format!("(SELECT * FROM {rows} LIMIT {ALONE})");
+            let created = writer.create(&whole, &few(new_rows)) + &writer.together(Operation::Create, new_rows);
+            let deleted = writer.delete(&whole, &few(old_rows)) + &writer.together(Operation::Delete, old_rows);
+            [created, update, deleted]
         } else {
             [
                 either(relation, writer.create(&fast, new_rows), writer.create(&slow, new_rows)),
@@ -144,7 +157,7 @@ fn beginning(relation: &Relation) -> String {
     let [user, session, trace, name, email, roles] = SETTINGS.map(setting);
     format!(
         "DECLARE\n\
-         tidegate_user text; tidegate_user_id text; tidegate_session text; tidegate_trace text; tidegate_meta text := {names};\n\
+         tidegate_count bigint; tidegate_user text; tidegate_user_id text; tidegate_session text; tidegate_trace text; tidegate_meta text := {names};\n\
          BEGIN\n\
          IF concat({}) <> '' THEN\n\
          tidegate_user := {user};\n\
@@ -308,6 +321,11 @@ fn object<'a>(fields: impl Iterator<Item = (&'a str, String)>) -> String {
     format!("{} || '}}'", fields.join(" || "))
 }
 
+/// The payload of a row that is too wide to be told, from expressions for what has changed, the key and the size.
+fn too_wide(changed: &str, pk: &str, size: &str) -> String {
+    format!("'{NOTHING}' || {changed} || ',\"pk\":' || {pk} || ',\"oversize\":' || ({size}) || '}}'")
+}
+
 /// Statements that write the inbox.
 struct Writer<'a> {
     relation: &'a Relation,
@@ -325,6 +343,36 @@ impl Writer<'_> {
         self.alone(telling, Operation::Delete, OLD, old, around)
     }
 
+    /// What follows after the first few rows that have no other side: the others, told whole, many in one row of the inbox as
+    /// `provider/bundle.rs` reads them. A row that is too wide stands there as a string, the payload that says so; whether it
+    /// is, is only looked at closely where it may be.
+    fn together(&self, operation: Operation, rows: &str) -> String {
+        let prefix = event_type(&self.relation.schema, &self.relation.name);
+        let names = serde_json::json!(self.relation.key_names()).to_string();
+        let value = |name: &str| format!("coalesce((e.told::json -> {})::text, 'null')", literal(name));
+        let pk = object(self.relation.key.iter().map(|key| (key.name.as_str(), value(&key.name))));
+        let around = AROUND + 2 * "null".len();
+        let (size, limit) = (format!("octet_length(e.told) + octet_length({pk}) + {around}"), self.watch.max_payload);
+        // A key is a part of its row, so that twice the row is more than all of it.
+        let surely = limit.saturating_sub(around as u64) / 2;
+        format!(
+            "\nGET DIAGNOSTICS tidegate_count = ROW_COUNT;\nIF tidegate_count = {ALONE} THEN\n\
+             INSERT INTO {} (type, schema, entity, user_id, session_id, trace_parent, metadata, rows, payload) \
+             SELECT {}, {}, {}, tidegate_user_id, tidegate_session, tidegate_trace, tidegate_meta, count(*), {} || string_agg(\
+             CASE WHEN octet_length(e.told) <= {surely} THEN e.told WHEN {size} <= {limit} THEN e.told \
+             ELSE to_json({})::text END, ',') || ']}}' \
+             FROM (SELECT row_to_json(tidegate_r)::text AS told, (row_number() OVER () - 1) / {} AS part \
+             FROM (SELECT * FROM {rows} OFFSET {ALONE}) AS tidegate_r OFFSET 0) AS e GROUP BY e.part ORDER BY e.part;\nEND IF;",
+            self.inbox,
+            literal(&format!("{prefix}.{}", operation.as_str())),
+            true_name(&self.relation.schema),
+            true_name(&self.relation.name),
+            literal(&format!("{{\"pk\":{names},\"rows\":[")),
+            too_wide("'null'", &pk, &size),
+            (TOGETHER_BYTES / limit.max(1)).clamp(1, TOGETHER),
+        )
+    }
+
     /// Rows that have no other side. What stands before and after the row's JSON is the same for all, and the shorter
     /// texts are joined first, because every step copies what it has.
     fn alone(
@@ -338,8 +386,8 @@ impl Writer<'_> {
         let prefix = event_type(&self.relation.schema, &self.relation.name);
         let size = format!("octet_length(e.told) + octet_length(e.pk) + {}", AROUND + 2 * "null".len());
         let payload = format!(
-            "CASE WHEN {size} > {limit} THEN '{NOTHING}null,\"pk\":' || e.pk || ',\"oversize\":' || ({size}) || '}}' \
-             ELSE {} || e.told || ({} || e.pk || '}}') END",
+            "CASE WHEN {size} > {limit} THEN {} ELSE {} || e.told || ({} || e.pk || '}}') END",
+            too_wide("'null'", "e.pk", &size),
             literal(before),
             literal(after),
             limit = self.watch.max_payload,
@@ -368,9 +416,9 @@ impl Writer<'_> {
             "octet_length(e.before) + octet_length(e.after) + octet_length(e.changed) + octet_length(e.pk) + {AROUND}"
         );
         let payload = format!(
-            "CASE WHEN {size} > {limit} THEN '{NOTHING}' || e.changed || ',\"pk\":' || e.pk \
-             || ',\"oversize\":' || ({size}) || '}}' ELSE '{{\"before\":' || e.before || ',\"after\":' || e.after \
+            "CASE WHEN {size} > {limit} THEN {} ELSE '{{\"before\":' || e.before || ',\"after\":' || e.after \
              || (',\"changed\":' || e.changed || ',\"pk\":' || e.pk || '}}') END",
+            too_wide("e.changed", "e.pk", &size),
             limit = self.watch.max_payload,
         );
         let from = format!(

@@ -67,20 +67,20 @@ async fn run(connection: &mut PgConnection, text: &str) -> sqlx::Result<()> {
 }
 
 async fn check_inbox(connection: &mut PgConnection, inbox: &str, table: &Table) -> Result<()> {
-    let text = "SELECT pg_catalog.to_regclass($1) IS NOT NULL";
+    let text = "SELECT pg_catalog.to_regclass($1) IS NOT NULL, EXISTS (SELECT 1 FROM pg_catalog.pg_attribute \
+        WHERE attrelid = pg_catalog.to_regclass($1) AND attname = 'rows' AND NOT attisdropped)";
     let name = format!("{}.inbox", quoted(inbox));
-    let is_there: bool = sqlx::query_scalar(text)
+    let (is_there, takes_rows): (bool, bool) = sqlx::query_as(text)
         .bind(name)
         .fetch_one(connection)
         .await
         .map_err(|error| failed("look for the inbox", table, inbox, error))?;
-    if is_there {
-        return Ok(());
-    }
-    Err(Error::Incompatible {
-        what: format!("schema {inbox}"),
-        reason: "holds no inbox: let tidegate open this database once as its provider, or name another schema".into(),
-    })
+    let reason = match (is_there, takes_rows) {
+        (true, true) => return Ok(()),
+        (true, false) => "is older than this tidegate: run `tidegate migrate` first",
+        (false, _) => "holds no inbox: let tidegate open this database once as its provider, or name another schema",
+    };
+    Err(Error::Incompatible { what: format!("schema {inbox}"), reason: reason.into() })
 }
 
 async fn replace_triggers(

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::provider::finding::{Opening, pending};
 
 /// The schemas in the order of their versions, each changing what the one before left.
-const MIGRATIONS: [&str; 1] = [include_str!("schema.sql")];
+const MIGRATIONS: [&str; 2] = [include_str!("schema.sql"), include_str!("rows.sql")];
 
 /// The oldest server that is served: 14.
 const OLDEST: i32 = 140_000;

@@ -17,9 +17,12 @@ use crate::provider::{Append, RouteRequest, Routed};
 
 const IS_EMPTY: &str = "SELECT NOT EXISTS (SELECT 1 FROM {s}.inbox)";
 const LOCK: &str = "SELECT pg_try_advisory_xact_lock(hashtextextended('tidegate route ' || $1, 0))";
-const TAKE: &str = "DELETE FROM {s}.inbox WHERE position IN (SELECT position FROM {s}.inbox ORDER BY position LIMIT $2) \
+/// Rows for about so many events: the one with which there are enough is the last.
+const TAKE: &str = "DELETE FROM {s}.inbox WHERE position IN (SELECT position FROM (SELECT position, \
+    sum(greatest(rows, 1)) OVER (ORDER BY position) - greatest(rows, 1) AS before \
+    FROM (SELECT position, rows FROM {s}.inbox ORDER BY position LIMIT $2) AS first) AS counted WHERE before < $2) \
     RETURNING position, id, type, source, coalesce(created_at, {now}), key, user_id, session_id, instance_id, schema, \
-    entity, operation, trace_parent, caused_by, metadata, content_type, payload, \"binary\"";
+    entity, operation, trace_parent, caused_by, metadata, content_type, payload, \"binary\", rows";
 
 impl Store {
     /// Moves events from the inbox into the log.
@@ -55,8 +58,8 @@ impl Session<'_> {
             rows.push(inbox_row(row)?);
         }
         rows.sort_unstable_by_key(|row| row.position);
-        let appends = rows.into_iter().map(|row| row.into_append(request)).collect::<Result<Vec<Append>, Error>>();
-        let appends = appends.map_err(super::row::broken)?;
+        let appends = rows.into_iter().map(|row| row.into_appends(request)).collect::<Result<Vec<_>, Error>>();
+        let appends: Vec<Append> = appends.map_err(super::row::broken)?.into_iter().flatten().collect();
         let batch: Vec<&Append> = appends.iter().collect();
         let numbers = self.numbers(batch.iter().flat_map(|append| append.subscriptions.iter())).await?;
         let appended = if careful {
@@ -90,6 +93,7 @@ fn inbox_row(row: &PgRow) -> sqlx::Result<InboxRow> {
         content_type: row.try_get(15)?,
         payload: row.try_get(16)?,
         binary: row.try_get(17)?,
+        rows: row.try_get(18)?,
         oversize: None,
         unreadable: None,
     })

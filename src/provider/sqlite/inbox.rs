@@ -79,6 +79,7 @@ fn inbox_row(row: &SqliteRow, max_payload: u64) -> sqlx::Result<InboxRow> {
         metadata: text(16, "metadata")?,
         payload: text(17, "payload")?,
         binary: row.try_get(18)?,
+        rows: None,
         unreadable: None,
     };
     read.unreadable = unreadable;

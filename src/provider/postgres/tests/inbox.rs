@@ -91,6 +91,41 @@ async fn a_row_that_cannot_be_an_event_becomes_one_that_says_why() {
     }
 }
 
+/// What stands together is counted as what it becomes, and one that cannot be taken apart is one refusal.
+#[tokio::test]
+async fn rows_of_a_table_that_stand_together_become_an_event_each() {
+    let schema = Schema::new();
+    let provider = schema.provider().await;
+    schema.sql(
+        "INSERT INTO {s}.inbox (type, user_id, metadata, rows, payload) SELECT 'public.t.create', '7', '{\"table_name\": \"t\"}', 64, \
+         '{\"pk\":[\"id\"],\"rows\":[' || string_agg('{\"id\":' || i || '}', ',' ORDER BY i) || ']}' \
+         FROM generate_series(0, 191) i GROUP BY i / 64 ORDER BY i / 64",
+    );
+    schema.sql("INSERT INTO {s}.inbox (type, payload) VALUES ('alone', '1')");
+    schema.sql("INSERT INTO {s}.inbox (type, rows, payload) VALUES ('public.t.create', -5, '{\"pk\":')");
+    schema.sql(
+        "INSERT INTO {s}.inbox (type, rows, payload) VALUES ('public.t.create', 2000000000, '{\"pk\":[],\"rows\":[]}')",
+    );
+    schema.sql("INSERT INTO {s}.inbox (type, payload) VALUES ('last', '1')");
+    // As many rows as make up a hundred events, and then the rest.
+    assert_eq!((route(&provider, 100).await, route(&provider, 100).await), (128, 66));
+    assert_eq!((route(&provider, 100).await, route(&provider, 100).await), (1, 0));
+    let leases = claim(&provider, 999).await;
+    assert_eq!(leases.len(), 194);
+    for (at, Lease { event, .. }) in leases.iter().take(192).enumerate() {
+        let id = serde_json::json!({"id": at});
+        let payload = serde_json::json!({"before": null, "after": id, "changed": null, "pk": id});
+        assert_eq!(event.payload.parse::<serde_json::Value>().unwrap(), payload);
+        assert_eq!(event.key.as_deref(), Some(&*at.to_string()));
+        assert_eq!((&event.user_id, &event.metadata["table_name"]), (&Some(UserId::Number(7)), &"t".into()));
+    }
+    let types = [192, 193].map(|at| leases[at].event.event_type.as_str());
+    assert_eq!(types, ["alone", "last"]);
+    let refusals = provider.claim(&request("refusals", 99, Turn::None)).await.unwrap().leases;
+    let reason: serde_json::Value = refusals[0].event.payload.parse().unwrap();
+    assert!(refusals.len() == 1 && reason["reason"].as_str().unwrap().contains("rows of a table"), "{reason}");
+}
+
 #[tokio::test]
 async fn what_was_rolled_back_is_never_seen_and_a_known_id_is_taken_once() {
     let schema = Schema::new();
