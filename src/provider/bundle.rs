@@ -11,6 +11,9 @@ use serde_json::value::RawValue;
 
 use crate::error::{Error, Result};
 
+/// The most rows of one bundle: more than triggers leave together, and few enough to become events in one step.
+const MOST: usize = 1_000;
+
 /// What the payload of such a row of the inbox holds.
 #[derive(Deserialize)]
 struct Bundle<'a> {
@@ -49,6 +52,13 @@ pub(super) fn parts(event_type: &str, payload: &str) -> Result<Vec<Part>> {
         _ => return Err(Error::invalid("type", event_type, "must end with create or delete where rows are given")),
     };
     let Bundle { pk, rows } = read(payload)?;
+    if rows.len() > MOST {
+        return Err(Error::invalid(
+            "payload",
+            payload,
+            format!("holds {} rows of a table: at most {MOST}", rows.len()),
+        ));
+    }
     rows.into_iter().map(|row| part(&pk, row.get(), around)).collect()
 }
 
@@ -156,5 +166,8 @@ mod tests {
             assert!(error.contains(words), "{error}");
         }
         assert_eq!(parts("a.b.create", "{\"pk\":[],\"rows\":[]}").unwrap(), []);
+        let of = |count: usize| format!("{{\"pk\":[],\"rows\":[{}]}}", vec!["{}"; count].join(","));
+        assert_eq!(parts("a.b.create", &of(MOST)).unwrap().len(), MOST);
+        assert!(parts("a.b.create", &of(MOST + 1)).unwrap_err().to_string().contains("holds 1001 rows"));
     }
 }
