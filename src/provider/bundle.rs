@@ -59,10 +59,12 @@ pub(super) fn parts(event_type: &str, payload: &str) -> Result<Vec<Part>> {
             format!("holds {} rows of a table: at most {MOST}", rows.len()),
         ));
     }
-    rows.into_iter().map(|row| part(&pk, row.get(), around)).collect()
+    let labels: Vec<String> = pk.iter().map(|name| format!("{}:", serde_json::Value::from(name.as_str()))).collect();
+    rows.into_iter().map(|row| part(&pk, &labels, row.get(), around)).collect()
 }
 
-fn part(pk: &[String], row: &str, [before, after]: [&str; 2]) -> Result<Part> {
+/// `labels` are the names as they stand in JSON.
+fn part(pk: &[String], labels: &[String], row: &str, [before, after]: [&str; 2]) -> Result<Part> {
     if row.starts_with('"') {
         let payload: String = read(row)?;
         let Told { pk: columns } = read(&payload)?;
@@ -73,10 +75,8 @@ fn part(pk: &[String], row: &str, [before, after]: [&str; 2]) -> Result<Part> {
     let values = values(pk, &columns);
     let mut payload = String::with_capacity(before.len() + row.len() + after.len() + 64);
     payload.extend([before, row, after]);
-    for (at, (name, value)) in pk.iter().zip(&values).enumerate() {
-        payload.push_str(if at == 0 { "" } else { "," });
-        payload.push_str(&serde_json::Value::from(name.as_str()).to_string());
-        payload.extend([":", value]);
+    for (at, (label, value)) in labels.iter().zip(&values).enumerate() {
+        payload.extend([if at == 0 { "" } else { "," }, label, value]);
     }
     payload.push_str("}}");
     Ok(Part { key: key(&values)?, payload })
