@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use sqlx::{AssertSqlSafe, Connection as _, PgConnection, PgPool};
+use sqlx::postgres::PgRow;
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection, PgPool, Row as _};
 use tidegate::capture::triggers::{Capture, Operation, Watch};
 use tidegate::provider::RouteRequest;
 use tidegate::provider::inbox::InboxRow;
@@ -110,6 +111,37 @@ impl Scene {
             })
         };
         rows.iter().flat_map(parse).collect()
+    }
+
+    /// What waits in the inbox.
+    async fn inbox(&self) -> Vec<InboxRow> {
+        let text = "SELECT type, key, metadata, payload, rows FROM tidegate.inbox ORDER BY position";
+        let rows = sqlx::query(text).fetch_all(&self.pool).await.unwrap();
+        let row = |row: &PgRow| InboxRow {
+            event_type: row.get(0),
+            key: row.get(1),
+            metadata: row.get(2),
+            payload: row.get(3),
+            rows: row.get(4),
+            ..InboxRow::default()
+        };
+        rows.iter().map(row).collect()
+    }
+
+    /// Empties the inbox: type, key and payload of the events that the broker makes of it, sorted.
+    async fn events(&self) -> Vec<(String, Option<String>, String)> {
+        let matcher = |_: &EventType| -> Arc<[Arc<str>]> { [].into() };
+        let request = RouteRequest { matcher: &matcher, max: 1, max_payload: u64::MAX };
+        let rows = self.inbox().await;
+        self.run("DELETE FROM tidegate.inbox").await;
+        let events = rows.into_iter().flat_map(|row| row.into_appends(&request).unwrap()).map(|append| append.event);
+        let told = |event: Arc<Event>| {
+            let payload = String::from_utf8(event.payload.bytes().to_vec()).unwrap();
+            (event.event_type.to_string(), event.key.as_deref().map(str::to_owned), payload)
+        };
+        let mut events: Vec<_> = events.map(told).collect();
+        events.sort();
+        events
     }
 
     async fn drift(&self) -> Vec<String> {
@@ -600,6 +632,55 @@ async fn a_row_that_is_written_beside_a_running_broker_is_handled() {
     running.await.unwrap().unwrap();
 }
 
+/// Types of keys, with a row for each number `i`.
+const KINDS: [(&str, &str); 13] = [
+    ("id int PRIMARY KEY, v json", "i, (E'{\\n \"a\" : ' || i || '.50 }')::json"),
+    ("id text PRIMARY KEY, v text", "'k \"' || i || E'\\\\ \\n\\t ü', CASE i WHEN 12 THEN NULL ELSE '' END"),
+    ("id numeric PRIMARY KEY, v numeric", "CASE i WHEN 12 THEN 'NaN' ELSE i * 1.50 END, 'NaN'"),
+    ("id float8 PRIMARY KEY", "CASE i WHEN 12 THEN '-Infinity' ELSE i / 7.0 END"),
+    ("id uuid PRIMARY KEY", "lpad(i::text, 32, '0')::uuid"),
+    ("id timestamptz PRIMARY KEY", "to_timestamp(1e9 + i / 3.0)"),
+    ("id bytea PRIMARY KEY", "decode(lpad(i::text, 4, '0'), 'hex')"),
+    ("id int[] PRIMARY KEY", "ARRAY[i, NULL]"),
+    ("id jsonb PRIMARY KEY", "jsonb_build_object('b', i, 'a', 'x')"),
+    ("id char(5) PRIMARY KEY", "i::text"),
+    ("id positive PRIMARY KEY", "i"),
+    ("a int, b text, PRIMARY KEY (b, a)", "i, 'x \"' || i"),
+    ("\"Ä \"\"q\"\"\" int PRIMARY KEY, \"\\\" int GENERATED ALWAYS AS (7) STORED", "i"),
+];
+
+/// Key and payload of a row are the same, byte for byte, whether it is told alone or stands with others.
+#[tokio::test]
+async fn a_row_is_told_the_same_alone_and_among_many() {
+    let scene = Scene::open().await;
+    scene.run("CREATE DOMAIN positive AS int CHECK (value > 0)").await;
+    for (at, (columns, row)) in KINDS.into_iter().enumerate() {
+        let table = format!("kind_{at}");
+        scene.run(&format!("CREATE TABLE {table} ({columns})")).await;
+        scene.watch(&all_of(&table)).await;
+        let insert =
+            |from: u32, to: u32| format!("INSERT INTO {table} SELECT {row} FROM generate_series({from}, {to}) i;");
+        let delete = format!("DELETE FROM {table};");
+        scene.run(&(insert(1, 20) + &delete)).await;
+        assert_eq!(scene.inbox().await.iter().filter(|row| row.rows == Some(12)).count(), 2, "{columns}");
+        let many = scene.events().await;
+        let singly: Vec<String> = (1..=20).map(|i| insert(i, i) + &delete).collect();
+        scene.run(&singly.concat()).await;
+        assert!(scene.inbox().await.iter().all(|row| row.rows.is_none()), "{columns}");
+        let alone = scene.events().await;
+        assert_eq!((many.len(), many), (40, alone), "{columns}");
+    }
+    // A column of the key that is gone is told as null by both.
+    scene
+        .run("ALTER TABLE kind_0 RENAME COLUMN id TO other; INSERT INTO kind_0 SELECT i FROM generate_series(1, 9) i")
+        .await;
+    let told = scene.events().await;
+    let renamed = |(_, key, payload): &(String, Option<String>, String)| {
+        key.is_none() && payload.ends_with(",\"v\":null},\"changed\":null,\"pk\":{\"id\":null}}")
+    };
+    assert!(told.len() == 9 && told.iter().all(renamed), "{told:?}");
+}
+
 /// As many as go into one row of the inbox, in the order in which the statement had them, wide ones among them.
 #[tokio::test]
 async fn many_rows_of_a_statement_stand_together_and_in_their_order() {
@@ -846,6 +927,11 @@ async fn what_cannot_be_captured_is_refused_with_what_to_do() {
     let text =
         Capture::postgres(scene.pool.clone()).schema("other").install(&all_of("a")).await.unwrap_err().to_string();
     assert!(text.contains("holds no inbox"), "{text}");
+    // Of a version whose inbox cannot take what the triggers leave: they would break the application's writes.
+    scene.run("ALTER TABLE tidegate.inbox RENAME COLUMN rows TO later").await;
+    let text = scene.capture.install(&all_of("a")).await.unwrap_err().to_string();
+    assert!(text.contains("older than this tidegate") && text.contains("tidegate migrate"), "{text}");
+    scene.run("ALTER TABLE tidegate.inbox RENAME COLUMN later TO rows").await;
     let mut holder = PgConnection::connect(&Postgres::shared().url(&scene.name)).await.unwrap();
     sqlx::raw_sql("BEGIN; LOCK TABLE a").execute(&mut holder).await.unwrap();
     let text = scene.capture.install(&all_of("a")).await.unwrap_err().to_string();
