@@ -107,7 +107,7 @@ pub(super) fn check(tokens: &[Token], method: &Method, uri: &Uri, headers: &Head
 }
 
 /// Refuses what was sent to another name than this machine's own. A page in a browser here may have had its own name lead to
-/// this address (DNS rebinding), and a proxy may pass on what others send: both say the name that was meant.
+/// this address (DNS rebinding), and sends that name; so does a proxy that passes on the host it was asked for.
 fn local_only(uri: &Uri, headers: &HeaderMap) -> Result<(), Problem> {
     let named = match (uri.authority(), headers.get(header::HOST)) {
         (Some(target), _) => target.as_str().as_bytes(),
